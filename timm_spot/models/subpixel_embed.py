@@ -1,0 +1,279 @@
+"""Image to tokens at continuous positions, in the place of timm's PatchEmbed.
+
+Paper: `SPoT: Subpixel Placement of Tokens in Vision Transformers` - https://arxiv.org/abs/2507.01654
+
+    token = W_rgb . window + W_pos . phi(position) + b
+"""
+# No postponed annotations in this file: TorchScript reads those of ignored methods as types, not as strings.
+from functools import lru_cache
+from typing import Callable, Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_patch_embed, to_2tuple
+from timm.models import register_notrace_module
+from torch import nn
+
+from ..ops.position_feature import position_feature
+from ..ops.samplers import check_n_tokens, get_sampler, lattice_shape, sample_positions
+from ..ops.windows import check_convention, check_images, check_positions, read_windows
+
+Saliency = Union[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=256)
+def fixed_placement(
+        sampler: str,
+        n_tokens: int,
+        image_size: Tuple[int, int],
+        window: int,
+        seed: int,
+        device: torch.device,
+) -> torch.Tensor:
+    """The one placement (1, N, 2) that all images of a size share; drawn once, constant to `torch.compile`."""
+    # A tensor born under inference_mode could not be used in a backward pass later.
+    with torch.inference_mode(False), torch.no_grad():
+        generator = torch.Generator().manual_seed(seed)
+        positions = sample_positions(sampler, n_tokens, image_size, generator=generator, window=window)
+        return positions.to(device)
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=256)
+def fixed_lattice_shape(
+        sampler: str,
+        n_tokens: int,
+        image_size: Tuple[int, int],
+        window: int,
+        seed: int,
+) -> Optional[Tuple[int, int]]:
+    """Rows and columns of `fixed_placement`, None where it is no lattice."""
+    return lattice_shape(fixed_placement(sampler, n_tokens, image_size, window, seed, torch.device('cpu')))
+
+
+@register_notrace_module
+class SubpixelEmbed(nn.Module):
+    """Windows around continuous positions to tokens.
+
+    Shapes: images (B, C, H, W) of any size of at least one window, positions (B, N, 2), tokens (B, N, embed_dim).
+
+    Args:
+        img_size: Nominal image size, from which only the default budget that timm reads is derived.
+        patch_size: Side k of the (square) window.
+        in_chans: Image channels.
+        embed_dim: Token width.
+        norm_layer: Normalisation of the projected window, before the position is added.
+        bias: Whether the projection has one.
+        dynamic_img_pad: Part of timm's call; windows need no padding.
+        n_tokens: Budget; None takes the count of whole patches in each image, as a ViT would.
+        sampler: Spatial prior that places the tokens, see `timm_spot.list_samplers`.
+        convention: 'patch' or 'spot', see `timm_spot.sample_windows`.
+        seed: Seed of the placement that a model in eval mode gives every image.
+        saliency: Map (H, W) or (B, H, W), or a function from images to maps, for samplers that need one.
+        pos_nodes: Nodes per axis of the position feature, 16 by default; fixed to k under `spot`.
+    """
+
+    __jit_unused_properties__ = ['patch_size', 'grid_size', 'num_patches']
+
+    def __init__(
+            self,
+            img_size: Union[int, Tuple[int, int]] = 224,
+            patch_size: Union[int, Tuple[int, int]] = 16,
+            in_chans: int = 3,
+            embed_dim: int = 768,
+            norm_layer: Optional[Callable[..., nn.Module]] = None,
+            bias: bool = True,
+            dynamic_img_pad: bool = False,
+            n_tokens: Optional[int] = None,
+            sampler: str = 'isotropic',
+            convention: str = 'patch',
+            seed: int = 0,
+            saliency: Optional[Saliency] = None,
+            pos_nodes: Optional[int] = None,
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.window = _square_window(patch_size)
+        check_convention(convention, self.window)
+        if convention == 'spot' and pos_nodes not in (None, self.window):
+            raise ValueError(f"pos_nodes={pos_nodes} must equal the window ({self.window}) under convention='spot'.")
+        nodes = self.window if convention == 'spot' else 16 if pos_nodes is None else pos_nodes
+        if nodes < 2:
+            raise ValueError(f'pos_nodes={nodes} is too small, the position feature needs at least 2 nodes an axis.')
+        self.convention = convention
+        self.pos_nodes = nodes
+        self.n_tokens: Optional[int] = None
+        self.sampler = ''
+        self.seed = seed
+        self.saliency: Optional[Saliency] = None
+        self.set_placement(n_tokens=n_tokens, sampler=sampler, saliency=saliency)
+        self.img_size = to_2tuple(img_size)
+
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.window, stride=self.window, bias=bias, **dd)
+        self.norm = norm_layer(embed_dim, **dd) if norm_layer else nn.Identity()
+        self.pos_proj = nn.Linear(nodes * nodes, embed_dim, bias=False, **dd)
+        self.register_buffer('n_sigma', torch.empty((), **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give the position columns the scale of a ViT's position table."""
+        nn.init.trunc_normal_(self.pos_proj.weight, std=.02)
+        nn.init.ones_(self.n_sigma)
+
+    @property
+    def patch_size(self) -> Tuple[int, int]:
+        return self.window, self.window
+
+    @property
+    def grid_size(self) -> Tuple[int, int]:
+        """Whole patches in an image of the nominal size."""
+        return self.img_size[0] // self.window, self.img_size[1] // self.window
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens of an image of the nominal size."""
+        return self.budget(self.img_size)
+
+    @torch.jit.ignore
+    def budget(self, image_size: Tuple[int, int]) -> int:
+        """Tokens of an image of (H, W) pixels."""
+        return _budget(self.n_tokens, self.window, image_size)
+
+    @torch.jit.ignore
+    def set_placement(
+            self,
+            n_tokens: Optional[int] = None,
+            sampler: Optional[str] = None,
+            seed: Optional[int] = None,
+            saliency: Optional[Saliency] = None,
+    ) -> None:
+        """Change what is given; raises as `timm_spot.sample_positions` does."""
+        if n_tokens is not None:
+            check_n_tokens(n_tokens)
+            self.n_tokens = n_tokens
+        if sampler is not None:
+            get_sampler(sampler)
+            self.sampler = sampler
+        if seed is not None:
+            self.seed = seed
+        if saliency is not None:
+            if not (callable(saliency) or isinstance(saliency, torch.Tensor)):
+                raise TypeError(
+                    f'saliency must be a map of shape (B, H, W) or a function from images to one, got {saliency!r}.')
+            self.saliency = saliency
+
+    @torch.jit.ignore
+    def set_input_size(
+            self,
+            img_size: Optional[Union[int, Tuple[int, int]]] = None,
+            patch_size: Optional[Union[int, Tuple[int, int]]] = None,
+    ) -> None:
+        """Change the nominal image size, or the window by resampling the projection."""
+        if img_size is not None:
+            self.img_size = to_2tuple(img_size)
+        if patch_size is None or _square_window(patch_size) == self.window:
+            return
+        window = _square_window(patch_size)
+        if self.convention == 'spot':
+            raise ValueError(
+                f"patch_size={patch_size} differs from the window ({self.window}): under convention='spot' the "
+                "position feature is tied to it.")
+        old = self.proj
+        self.proj = nn.Conv2d(
+            old.in_channels, old.out_channels, kernel_size=window, stride=window, bias=old.bias is not None,
+            device=old.weight.device, dtype=old.weight.dtype)
+        with torch.no_grad():
+            self.proj.weight.copy_(resample_patch_embed(old.weight, [window, window]))
+            if old.bias is not None:
+                self.proj.bias.copy_(old.bias)
+        for new_p, old_p in zip(self.proj.parameters(), old.parameters()):
+            new_p.requires_grad_(old_p.requires_grad)
+        self.proj.train(old.training)
+        self.window = window
+
+    def feat_ratio(self, as_scalar: bool = True) -> Union[Tuple[int, int], int]:
+        """Pixels per patch, which timm states as the reduction of feature maps."""
+        return self.window if as_scalar else self.patch_size
+
+    @torch.jit.ignore
+    def dynamic_feat_size(self, img_size: Tuple[int, int]) -> Tuple[int, int]:
+        """Rows and columns of the lattice on which the sampler places the tokens of an image of (H, W) pixels.
+
+        Raises:
+            ValueError: The placement is no lattice.
+        """
+        shape = None
+        if get_sampler(self.sampler).deterministic:
+            shape = fixed_lattice_shape(
+                self.sampler, self.budget(img_size), (img_size[0], img_size[1]), self.window, self.seed)
+        if shape is None:
+            raise ValueError(
+                f"sampler {self.sampler!r} places {self.budget(img_size)} tokens on no lattice of an image of "
+                f"{img_size[0]} x {img_size[1]} px, so they form no feature map: use output_fmt='NLC'.")
+        return shape
+
+    @torch.jit.ignore
+    def place(self, images: torch.Tensor) -> torch.Tensor:
+        """Placement (B, N, 2) that the sampler gives these images.
+
+        In train mode stochastic samplers draw anew for each image and call, from torch's global generator; in eval
+        mode they draw once for `seed`, budget and image size, so that an image's placement never depends on its
+        neighbours or on how often the model was called.
+        """
+        B, _, H, W = images.shape
+        sampler = get_sampler(self.sampler)
+        # A function, not the method: a scripted module cannot call the one ignored method from the other.
+        n_tokens, size, device = _budget(self.n_tokens, self.window, (H, W)), (H, W), images.device
+        if 'saliency' in sampler.keywords:
+            maps = self.saliency(images) if callable(self.saliency) else self.saliency
+            generator = None if self.training else torch.Generator().manual_seed(self.seed)
+            # One draw for a batch of maps shares its random numbers: each placement then depends on its map alone.
+            positions = sample_positions(
+                self.sampler, n_tokens, size, B if self.training else 1, maps, generator, self.window).to(device)
+        elif self.training and not sampler.deterministic:
+            positions = sample_positions(self.sampler, n_tokens, size, B, window=self.window).to(device)
+        else:
+            positions = fixed_placement(self.sampler, n_tokens, size, self.window, self.seed, device)
+        if positions.shape[0] not in (1, B):
+            raise ValueError(f'saliency of shape {tuple(maps.shape)} does not match a batch of {B} images.')
+        return positions.expand(B, -1, -1)
+
+    def forward(self, x: torch.Tensor, positions: Optional[torch.Tensor] = None) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            check_images(x, self.window)
+        if positions is None:
+            positions = self.place(x)
+        else:
+            if not torch.jit.is_scripting():
+                check_positions(positions, x)
+            positions = positions.expand(x.shape[0], -1, -1)
+        weight = self.proj.weight
+        windows = read_windows(x, positions, self.window, self.convention).flatten(2)
+        tokens = self.norm(F.linear(windows.to(weight.dtype), weight.flatten(1), self.proj.bias))
+        return tokens + self.pos_proj(self.position_feature(positions, x.shape[-2], x.shape[-1]).to(weight.dtype))
+
+    def position_feature(self, positions: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """phi of (B, N, 2) positions in images of height x width pixels, (B, N, pos_nodes ** 2)."""
+        if self.convention == 'spot':
+            sigma = self.n_sigma.float() * self.window / (height + width)
+            return position_feature(positions, self.pos_nodes, sigma, scaled=True)
+        return position_feature(positions, self.pos_nodes, patch_sigma(self.n_sigma.float(), self.pos_nodes))
+
+
+def _budget(n_tokens: Optional[int], window: int, image_size: Tuple[int, int]) -> int:
+    return (image_size[0] // window) * (image_size[1] // window) if n_tokens is None else n_tokens
+
+
+def patch_sigma(n_sigma: torch.Tensor, pos_nodes: int) -> torch.Tensor:
+    """Sigma under convention `patch`, for any image size; equals that of `spot` at 16 nodes, k = 16 and 224 px."""
+    return n_sigma * (15. / 28.) / (pos_nodes - 1)
+
+
+def _square_window(patch_size: Union[int, Tuple[int, int]]) -> int:
+    height, width = to_2tuple(patch_size)
+    if height != width or height < 1:
+        raise ValueError(f'patch_size={patch_size} is no window: windows are square, of at least 1 pixel.')
+    return height

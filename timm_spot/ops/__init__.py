@@ -1,0 +1,8 @@
+"""Pure tensor functions: windows, placements, position feature. No nn.Module, no timm, no files."""
+from .position_feature import fit_position_weights as fit_position_weights
+from .position_feature import position_feature as position_feature
+from .samplers import lattice_shape as lattice_shape
+from .samplers import list_samplers as list_samplers
+from .samplers import register_sampler as register_sampler
+from .samplers import sample_positions as sample_positions
+from .windows import sample_windows as sample_windows
