@@ -81,13 +81,14 @@ def write(model: torch.nn.Module, out: Path, table: Dict[str, List[float]], comm
         f'# {NAME}.digits\n\n'
         f'A subpixel ViT of {parameters / 1e6:.2f} M parameters (half precision on disk) that reads handwritten '
         'digits on 64 x 64 canvases.\n\n'
-        "**Data.** scikit-learn's `load_digits` (UCI, *Optical Recognition of Handwritten Digits*, CC BY 4.0): 1,437 "
-        'digits to train, every fifth, 360 in all, held out. Each is enlarged to 24-40 px at a random place of a '
-        'canvas with noise and up to four stray strokes (`timm_spot/tasks/digits.py`).\n\n'
+        "**Data.** scikit-learn's `load_digits` (UCI, *Optical Recognition of Handwritten Digits*, CC BY 4.0): "
+        f'{trained:,} digits to train; every fifth, {held_out} in all, held out. Each is enlarged to 24-40 px at a '
+        'random place of a canvas with noise and up to four stray strokes (`timm_spot/tasks/digits.py`).\n\n'
         '**Training.** Uniform random placements, anew for each canvas, at a random budget of 9 to 64 tokens for each '
         f'batch (log-uniform). `{command}`, {minutes:.0f} minutes.\n\n'
-        f'**Accuracy** in percent on {held_out * CANVASES_PER_DIGIT:,} canvases of held-out digits ({CANVASES_PER_DIGIT} of each); '
-        "'random patches' are n of the 64 patches of the grid, as when a ViT drops patches:\n\n"
+        f'**Accuracy** in percent on {held_out * CANVASES_PER_DIGIT:,} canvases of held-out digits '
+        f"({CANVASES_PER_DIGIT} of each); 'random patches' are n of the 64 patches of the grid, as when a ViT drops "
+        'patches:\n\n'
         f'{format_table(table)}\n\n'
         '**Licence.** Apache-2.0.\n')
     (out / 'accuracy.json').write_text(json.dumps(dict(budgets=BUDGETS, accuracy=table), indent=1) + '\n')
