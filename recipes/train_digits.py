@@ -23,6 +23,8 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
 import timm_spot
+from timm_spot.models.subpixel_embed import patch_sigma
+from timm_spot.ops import fit_position_weights
 from timm_spot.tasks.digits import draw_canvases, load_digits
 
 NAME = 'spot_vit_pico_patch8_64'
@@ -34,7 +36,19 @@ CANVASES_PER_DIGIT = 10  # in the held-out evaluation
 
 def to_input(canvases: torch.Tensor) -> torch.Tensor:
     """uint8 (B, 64, 64) to what the model's data config makes of the saved picture, (B, 3, 64, 64)."""
-    return (canvases.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
+    cfg = timm.get_pretrained_cfg(NAME)
+    return ((canvases.float() / 255 - cfg.mean[0]) / cfg.std[0])[:, None].expand(-1, 3, -1, -1)
+
+
+@torch.no_grad()
+def start_from_sines(embed: torch.nn.Module, side: int = 14, scale: float = 0.5) -> None:
+    """Let the position columns begin as those of a sine-cosine position table: near positions look alike at once."""
+    dim = embed.pos_proj.out_features
+    angle = torch.arange(side)[:, None] / 100 ** (torch.arange(dim // 4) / (dim // 4))
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)
+    table = torch.cat([axis[None].expand(side, -1, -1), axis[:, None].expand(-1, side, -1)], dim=2)
+    sigma = patch_sigma(embed.n_sigma, embed.pos_nodes)
+    embed.pos_proj.weight.copy_(scale * fit_position_weights(table, embed.pos_nodes, sigma))
 
 
 def place(placement: str, n_tokens: int, batch_size: int, generator: torch.Generator) -> torch.Tensor:
@@ -96,8 +110,8 @@ def write(model: torch.nn.Module, out: Path, table: Dict[str, List[float]], comm
 
 @click.command(help=__doc__)
 @click.option('--out', type=click.Path(path_type=Path), required=True, help='Folder for weights and model card.')
-@click.option('--steps', default=2200, show_default=True, help='Optimiser steps.')
-@click.option('--batch-size', default=256, show_default=True)
+@click.option('--steps', default=4800, show_default=True, help='Optimiser steps.')
+@click.option('--batch-size', default=128, show_default=True)
 @click.option('--lr', default=1.5e-3, show_default=True)
 @click.option('--weight-decay', default=0.05, show_default=True)
 @click.option('--seed', default=0, show_default=True)
@@ -105,7 +119,8 @@ def main(out: Path, steps: int, batch_size: int, lr: float, weight_decay: float,
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     digits, labels = load_digits('train')
-    model = timm.create_model(NAME, sampler='uniform', drop_path_rate=0.05)
+    model = timm.create_model(NAME, sampler='uniform', drop_path_rate=0.05, weight_init='jax')
+    start_from_sines(model.patch_embed)
     optimizer = create_optimizer_v2(model, 'adamw', lr=lr, weight_decay=weight_decay)
     warmup = min(300, steps // 10)
     scheduler = CosineLRScheduler(optimizer, steps, warmup_t=warmup, warmup_lr_init=1e-5, t_in_epochs=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
+from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     build_model_with_cfg,
@@ -89,6 +90,13 @@ class SubpixelVisionTransformer(VisionTransformer):
             ),
             **kwargs,
         )
+
+    __jit_unused_properties__ = ['n_tokens']
+
+    @property
+    def n_tokens(self) -> int:
+        """Budget: tokens of an image of the nominal size (prefix tokens do not count)."""
+        return self.patch_embed.num_patches
 
     @torch.jit.ignore
     def place(self, images: torch.Tensor) -> torch.Tensor:
@@ -306,8 +314,8 @@ default_cfgs = generate_default_cfgs({
         input_size=(3, 64, 64),
         crop_pct=1.0,
         crop_mode='squash',
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
+        mean=(0.1, 0.1, 0.1),  # a canvas is mostly empty
+        std=(0.25, 0.25, 0.25),
         num_classes=10,
         label_names=tuple('0123456789'),
         license='apache-2.0',
@@ -334,6 +342,8 @@ def _create_spot_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> S
     cfg = _resolve_cfg(variant, kwargs.pop('pretrained_cfg', None), overlay)
     if pretrained and not (cfg.has_weights or cfg.state_dict):
         raise RuntimeError(_no_weights_message(variant, cfg))
+    if pretrained and cfg.file and not Path(cfg.file).exists():
+        raise FileNotFoundError(f'{cfg.file} does not exist.')
 
     # Lowest to highest: the config, the model arguments saved beside it, the overlay, keywords.
     saved = kwargs.get('pretrained_model_args') or {}
@@ -345,16 +355,19 @@ def _create_spot_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> S
             kwargs.setdefault(name, getattr(cfg, name))
 
     out_indices = kwargs.pop('out_indices', 3)
-    model = build_model_with_cfg(
-        SubpixelVisionTransformer,
-        variant,
-        pretrained,
-        # timm's loaders of saved configs know no fields but their own: the placement is saved as model arguments.
-        pretrained_cfg=PretrainedCfg(**{name: getattr(cfg, name) for name in _TIMM_FIELDS}),
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+    try:
+        model = build_model_with_cfg(
+            SubpixelVisionTransformer,
+            variant,
+            pretrained,
+            # timm's loaders of saved configs know no fields but their own: the placement is saved as model arguments.
+            pretrained_cfg=PretrainedCfg(**{name: getattr(cfg, name) for name in _TIMM_FIELDS}),
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+            **kwargs,
+        )
+    except SafetensorError as e:
+        raise ValueError(f'{cfg.file or cfg.hf_hub_id} is damaged: {e}.') from e
     update_model_args(model, **{name: kwargs[name] for name in _PLACEMENT_FIELDS if name in kwargs})
     return model
 
@@ -427,6 +440,7 @@ def spot_vit_large_patch16_mae(pretrained: bool = False, **kwargs: Any) -> Subpi
 
 @register_model
 def spot_vit_pico_patch8_64(pretrained: bool = False, **kwargs: Any) -> SubpixelVisionTransformer:
-    """SPoT ViT-Pico with windows of 8 px on 64 px images, class token; its digit weights are in the package."""
-    model_args = dict(img_size=64, patch_size=8, embed_dim=128, depth=5, num_heads=4, init_values=1.0)
+    """SPoT ViT-Pico with windows of 8 px on 64 px images, mean of the image tokens; its digit weights are inside."""
+    model_args = dict(
+        img_size=64, patch_size=8, embed_dim=128, depth=5, num_heads=4, init_values=1.0, global_pool='avg')
     return _create_spot_vit('spot_vit_pico_patch8_64', pretrained=pretrained, **dict(model_args, **kwargs))

@@ -5,6 +5,7 @@ Paper: `SPoT: Subpixel Placement of Tokens in Vision Transformers` - https://arx
     token = W_rgb . window + W_pos . phi(position) + b
 """
 # No postponed annotations in this file: TorchScript reads those of ignored methods as types, not as strings.
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Callable, Optional, Tuple, Union
 
@@ -21,8 +22,26 @@ from ..ops.windows import check_convention, check_images, check_positions, read_
 Saliency = Union[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]
 
 
-@torch.compiler.assume_constant_result
 @lru_cache(maxsize=256)
+def _fixed_placement(
+        sampler: str,
+        n_tokens: int,
+        image_size: Tuple[int, int],
+        window: int,
+        seed: int,
+        device: torch.device,
+) -> torch.Tensor:
+    def draw() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return sample_positions(sampler, n_tokens, image_size, generator=generator, window=window).to(device)
+
+    # A thread of its own knows nothing of the caller's inference mode, default device or the fake tensors of
+    # torch.export, any of which would make the kept placement unusable for the next caller.
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(draw).result()
+
+
+@torch.compiler.assume_constant_result
 def fixed_placement(
         sampler: str,
         n_tokens: int,
@@ -31,16 +50,11 @@ def fixed_placement(
         seed: int,
         device: torch.device,
 ) -> torch.Tensor:
-    """The one placement (1, N, 2) that all images of a size share; drawn once, constant to `torch.compile`."""
-    # A tensor born under inference_mode could not be used in a backward pass later.
-    with torch.inference_mode(False), torch.no_grad():
-        generator = torch.Generator().manual_seed(seed)
-        positions = sample_positions(sampler, n_tokens, image_size, generator=generator, window=window)
-        return positions.to(device)
+    """The one placement (1, N, 2) that all images of a size share: drawn once, a constant to `torch.compile`."""
+    return _fixed_placement(sampler, n_tokens, image_size, window, seed, device)
 
 
 @torch.compiler.assume_constant_result
-@lru_cache(maxsize=256)
 def fixed_lattice_shape(
         sampler: str,
         n_tokens: int,
@@ -48,8 +62,8 @@ def fixed_lattice_shape(
         window: int,
         seed: int,
 ) -> Optional[Tuple[int, int]]:
-    """Rows and columns of `fixed_placement`, None where it is no lattice."""
-    return lattice_shape(fixed_placement(sampler, n_tokens, image_size, window, seed, torch.device('cpu')))
+    """Rows and columns of the fixed placement, None where it is no lattice."""
+    return lattice_shape(_fixed_placement(sampler, n_tokens, image_size, window, seed, torch.device('cpu')))
 
 
 @register_notrace_module

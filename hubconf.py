@@ -1,0 +1,30 @@
+"""Entrypoints of torch.hub: every model of timm_spot, by its name.
+
+    torch.hub.load('OWNER/timm_spot', 'spot_vit_pico_patch8_64', pretrained=True, n_tokens=25)
+"""
+from __future__ import annotations
+
+import typing as _typing
+
+# torch.hub lists every public callable of this file, so what is no entrypoint has a leading underscore.
+import timm as _timm
+from torch import nn as _nn
+
+import timm_spot as _timm_spot
+
+dependencies = ['torch', 'timm', 'scipy']
+
+
+def _entrypoint(name: str) -> _typing.Callable[..., _nn.Module]:
+    def create(pretrained: bool = False, **kwargs: _typing.Any) -> _nn.Module:
+        return _timm.create_model(name, pretrained=pretrained, **kwargs)
+
+    create.__name__ = name
+    create.__doc__ = (
+        f'{getattr(_timm_spot.models.spot_vit, name).__doc__}\n\n'
+        'Takes the keywords of timm.create_model: n_tokens=, sampler=, convention=, seed=, num_classes=, '
+        "pretrained_cfg='TAG', ...")
+    return create
+
+
+globals().update({name: _entrypoint(name) for name in _timm.list_models('spot_*')})

@@ -1,0 +1,34 @@
+"""Shared by all tests."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import timm_spot  # noqa: F401  registers the models
+
+DATA = Path(__file__).parent / 'data'
+# Numbers computed once with the authors' code on random weights: name, architecture of the same pooling, image size.
+GOLDEN = {
+    'avg_pool_224': 'spot_vit_base_patch16_mae',
+    'token_pool_160x224': 'spot_vit_base_patch16_in21k',
+}
+SMALL = dict(embed_dim=64, depth=2, num_heads=4)
+
+
+@pytest.fixture(params=sorted(GOLDEN))
+def golden(request):
+    """One golden file: its tensors, and under 'arch' and 'authors' the architecture and the authors' state dict."""
+    tensors = load_file(DATA / f'{request.param}.safetensors')
+    authors = {k.removeprefix('model.'): v for k, v in tensors.items() if k.startswith('model.')}
+    return dict(tensors, arch=GOLDEN[request.param], authors=authors)
+
+
+@pytest.fixture
+def pico():
+    """The smallest registered model, random weights from a fixed seed, in eval mode."""
+    torch.manual_seed(0)
+    return timm.create_model('spot_vit_pico_patch8_64').eval()

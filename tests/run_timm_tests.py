@@ -1,0 +1,75 @@
+"""Run timm's own, unmodified tests/test_models.py on our names.
+
+    python tests/run_timm_tests.py [NAME_PATTERN]        by default spot_vit_tiny* and spot_vit_pico*
+
+Downloads timm's source distribution of the installed version with pip, which holds the tests. This file is also the
+pytest plugin that makes timm's listing functions see our models only, and classify them as the ViTs they are.
+"""
+from __future__ import annotations
+
+import fnmatch
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any, List, Sequence, Union
+
+import timm
+
+import timm_spot  # noqa: F401  registers the models
+
+Patterns = Union[str, Sequence[str]]
+_list_models, _list_pretrained = timm.list_models, timm.list_pretrained
+
+
+def _select(names: Sequence[str], keep: Patterns, drop: Patterns) -> List[str]:
+    """Names that match timm's patterns for `vit_*` by what follows `spot_`."""
+    def matches(name: str, patterns: Patterns) -> bool:
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        return any(fnmatch.fnmatch(name.removeprefix('spot_'), p) for p in patterns)
+
+    ours = [n for n in names if any(fnmatch.fnmatch(n, p) for p in os.environ['SPOT_NAMES'].split())]
+    return [n for n in ours if (not keep or matches(n, keep)) and not (drop and matches(n, drop))]
+
+
+def _list_ours(
+        filter: Patterns = '',
+        module: Patterns = '',
+        pretrained: bool = False,
+        exclude_filters: Patterns = '',
+        include_tags: bool = False,
+        **_: Any,
+) -> List[str]:
+    if module and 'vision_transformer' not in ([module] if isinstance(module, str) else module):
+        return []
+    return _select(_list_models('spot_*', pretrained=pretrained, include_tags=include_tags), filter, exclude_filters)
+
+
+def _list_our_pretrained(filter: Patterns = '', exclude_filters: Patterns = '') -> List[str]:
+    return _select(_list_pretrained('spot_*'), filter, exclude_filters)
+
+
+if 'SPOT_NAMES' in os.environ:
+    timm.list_models, timm.list_pretrained = _list_ours, _list_our_pretrained
+
+
+def main() -> int:
+    names = ' '.join(sys.argv[1:]) or 'spot_vit_tiny* spot_vit_pico*'
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', 'timm', '--dest', folder,
+             f'timm=={timm.__version__}'], check=True)
+        archive, = Path(folder).glob('timm-*.tar.gz')
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter='data')
+        tests = Path(folder) / archive.name.removesuffix('.tar.gz') / 'tests' / 'test_models.py'
+        environment = dict(os.environ, SPOT_NAMES=names, PYTHONPATH=str(Path(__file__).parent))
+        # test_model_load_pretrained downloads weights from the Hub.
+        command = ['-m', 'pytest', '-q', '-p', 'run_timm_tests', '-k', 'spot_ and not load_pretrained', str(tests)]
+        return subprocess.run([sys.executable, *command], env=environment, cwd=tests.parents[1], check=False).returncode
+
+
+if __name__ == '__main__':
+    sys.exit(main())

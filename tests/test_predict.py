@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from timm_spot.tasks.predict import class_names, find_images, load_image, model_transform, predict
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / 'in').mkdir()
+    for name in ('b.png', 'a.jpg', 'in/c.png'):
+        Image.new('RGB', (80, 60), 'white').save(tmp_path / name)
+    (tmp_path / 'notes.txt').write_text('no picture')
+    return tmp_path
+
+
+def test_files_folders_and_globs(folder):
+    def names(*sources):
+        return [f.name for f in find_images([str(folder / s) for s in sources])]
+
+    assert names('b.png') == ['b.png']
+    assert names('') == ['a.jpg', 'b.png', 'c.png']
+    assert names('*.png') == ['b.png']
+    assert names('**/*.png') == ['b.png', 'c.png']
+    assert names('b.png', '') == ['b.png', 'a.jpg', 'c.png']
+
+
+def test_nothing_to_predict(folder):
+    (folder / 'empty').mkdir()
+    with pytest.raises(FileNotFoundError, match='empty holds no picture'):
+        find_images([str(folder / 'empty')])
+    with pytest.raises(FileNotFoundError, match='no file, no folder and matches nothing'):
+        find_images([str(folder / '*.tiff')])
+
+
+def test_no_picture_and_damaged_picture(folder, pico):
+    transform = model_transform(pico)
+    with pytest.raises(ValueError, match=r'notes\.txt is no picture'):
+        load_image(folder / 'notes.txt', transform)
+    whole = (folder / 'a.jpg').read_bytes()
+    (folder / 'a.jpg').write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match=r'a\.jpg is damaged'):
+        load_image(folder / 'a.jpg', transform)
+
+
+def test_transform_is_that_of_the_model(folder, pico):
+    image = load_image(folder / 'b.png', model_transform(pico))
+    assert image.shape == (3, 64, 64)
+    mean, std = pico.pretrained_cfg['mean'][0], pico.pretrained_cfg['std'][0]
+    torch.testing.assert_close(image, torch.full((3, 64, 64), (1 - mean) / std))
+
+
+def test_class_names(pico):
+    assert class_names(pico) == list('0123456789')
+    assert class_names(timm.create_model('spot_vit_pico_patch8_64', num_classes=3)) == ['0', '1', '2']
+    names = class_names(timm.create_model('spot_vit_tiny_patch16_in21k', depth=1))
+    assert len(names) == 1000 and 'tench' in names[0]
+
+
+def test_predict_sorts_classes(pico):
+    images = torch.randn(2, 3, 64, 64)
+    rows = predict(pico, images, class_names(pico), topk=3)
+    probabilities = pico(images).softmax(dim=1)
+    for row, expected in zip(rows, probabilities):
+        assert [s.label for s in row] == expected.topk(3).indices.tolist()
+        assert row[0].probability == pytest.approx(expected.max().item())
+    assert len(predict(pico, images, class_names(pico), topk=99)[0]) == 10

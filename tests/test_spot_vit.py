@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import timm
+import torch
+from conftest import SMALL
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.models import resolve_model_input_args
+
+import timm_spot
+from timm_spot.models import SpotPretrainedCfg
+
+PICO = 'spot_vit_pico_patch8_64'
+SAMPLERS = ['uniform', 'gaussian', 'sobol', 'isotropic', 'center', 'grid']
+
+
+def create(name=PICO, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **{**SMALL, **kwargs}).eval()
+
+
+def test_names_and_tags():
+    assert timm.list_models('spot_vit_*') == sorted([
+        'spot_vit_base_patch16_mae', 'spot_vit_base_patch16_in21k', 'spot_vit_base_patch16_in1k',
+        'spot_vit_tiny_patch16_in21k', 'spot_vit_small_patch16_in21k', 'spot_vit_large_patch16_in21k',
+        'spot_vit_base_patch32_in21k', 'spot_vit_large_patch16_mae', 'spot_vit_pico_patch8_64'])
+    pretrained = timm.list_pretrained('spot_vit_*')
+    assert 'spot_vit_base_patch16_mae.mae' in pretrained and f'{PICO}.digits' in pretrained
+    assert 'spot_vit_base_patch16_mae.spot_in1k' not in pretrained
+
+
+@pytest.mark.parametrize('tagged, source', [
+    ('spot_vit_base_patch16_mae.mae', 'vit_base_patch16_224.mae'),
+    ('spot_vit_base_patch16_in21k.augreg2_in21k_ft_in1k', 'vit_base_patch16_224.augreg2_in21k_ft_in1k'),
+    ('spot_vit_base_patch32_in21k.augreg_in21k_ft_in1k', 'vit_base_patch32_224.augreg_in21k_ft_in1k'),
+])
+def test_hub_tags_take_their_data_config_from_timm(tagged, source):
+    ours, theirs = timm.get_pretrained_cfg(tagged), timm.get_pretrained_cfg(source)
+    for field in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'hf_hub_id', 'license', 'classifier'):
+        assert getattr(ours, field) == getattr(theirs, field), field
+    assert ours.num_classes == 1000 and not ours.fixed_input_size
+    assert timm.get_pretrained_cfg(tagged.split('.')[0]).tag == tagged.split('.')[1]  # the default tag
+
+
+@pytest.mark.parametrize('tagged', [
+    'spot_vit_base_patch16_mae.spot_in1k', 'spot_vit_base_patch16_in21k.spot_in21k_ft_in1k',
+    'spot_vit_base_patch16_in1k.spot_in1k'])
+def test_authors_tags(tagged):
+    cfg = timm.get_pretrained_cfg(tagged)
+    assert (cfg.crop_mode, cfg.crop_pct, cfg.interpolation, cfg.convention) == ('squash', 0.875, 'bicubic', 'spot')
+    assert create(tagged).patch_embed.convention == 'spot'
+    with pytest.raises(RuntimeError, match=r'dsb-ifi.github.io/SPoT.*pretrained_cfg_overlay=dict\(file=PATH\)'):
+        timm.create_model(tagged, pretrained=True)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sampler=st.sampled_from(SAMPLERS), n_tokens=st.integers(1, 20), batch=st.integers(2, 7),
+    H=st.integers(40, 90), W=st.integers(40, 90))
+def test_logits_do_not_depend_on_the_batch(sampler, n_tokens, batch, H, W):
+    model = create(sampler=sampler, n_tokens=n_tokens)
+    images = torch.randn(batch, 3, H, W)
+    with torch.inference_mode():
+        together = model(images)
+        torch.testing.assert_close(model(images), together, rtol=0, atol=0)
+        for i in range(batch):
+            torch.testing.assert_close(model(images[i:i + 1])[0], together[i], rtol=1e-4, atol=1e-5)
+        assert model.forward_features(images).shape == (batch, 1 + n_tokens, 64)
+
+
+def test_logits_do_not_depend_on_the_batch_under_spot():
+    model = create(convention='spot', n_tokens=6)
+    images, positions = torch.randn(3, 3, 64, 64), torch.rand(3, 6, 2)
+    together = model(images, positions)
+    for i in range(3):
+        torch.testing.assert_close(model(images[i:i + 1], positions[i:i + 1])[0], together[i], rtol=1e-4, atol=1e-5)
+
+
+def test_train_and_eval_placements():
+    images = torch.randn(2, 3, 64, 64)
+    model = create(sampler='uniform', n_tokens=5)
+    assert torch.equal(model(images), model(images))
+    assert not torch.equal(model(images), create(sampler='uniform', n_tokens=5, seed=1)(images))
+    model.train()
+    torch.manual_seed(7)
+    first = model(images)
+    assert not torch.equal(first, model(images))
+    torch.manual_seed(7)
+    assert torch.equal(first, model(images))
+
+
+def test_positions_override_the_sampler():
+    model = create(n_tokens=5)
+    images, positions = torch.randn(2, 3, 64, 64), torch.rand(9, 2)
+    expected = model(images, positions.expand(2, -1, -1))
+    assert torch.equal(model(images, positions), expected)
+    assert torch.equal(model.forward_head(model.forward_features(images, positions=positions)), expected)
+    features, taken = model.forward_intermediates(images, positions=positions, output_fmt='NLC')
+    assert [t.shape for t in taken] == [(2, 9, 64)] * 2
+    assert torch.equal(model.forward_head(features), expected)
+    torch.testing.assert_close(model(images, model.place(images)), model(images), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r'\(2, N, 2\) or \(N, 2\)'):
+        model(images, torch.rand(3, 9, 2))
+
+
+def test_place_returns_a_copy():
+    model = create(n_tokens=5)
+    images = torch.randn(1, 3, 64, 64)
+    before = model.place(images).clone()
+    model.place(images).zero_()
+    assert torch.equal(model.place(images), before)
+
+
+def test_set_placement_is_saved(tmp_path):
+    model = create(n_tokens=5, sampler='uniform')
+    model.set_placement(n_tokens=9, sampler='gaussian', seed=4)
+    timm.models.save_for_hf(model, tmp_path)
+    reloaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model.place(images), reloaded.place(images))
+    assert torch.equal(model(images), reloaded(images))
+
+
+def test_saved_config_reads_in_timm_s_scripts(tmp_path):
+    timm.models.save_for_hf(create('spot_vit_base_patch16_in1k.spot_in1k', n_tokens=5), tmp_path)
+    arguments = resolve_model_input_args(f'local-dir:{tmp_path}', {}, in_chans=None)
+    model = timm.create_model(**arguments, pretrained=True)
+    assert model.n_tokens == 5 and model.patch_embed.convention == 'spot'
+
+
+def placement_of(model):
+    return model.n_tokens, model.patch_embed.sampler
+
+
+def test_priority_of_the_sources(tmp_path):
+    timm.models.save_for_hf(create(n_tokens=5, sampler='uniform'), tmp_path)
+    saved = f'local-dir:{tmp_path}'
+    overlay = dict(n_tokens=7, sampler='sobol')
+    cfg = dict(input_size=(3, 64, 64), num_classes=10, n_tokens=6, sampler='gaussian')
+
+    def built(name=PICO, **kwargs):
+        return placement_of(timm.create_model(name, **kwargs))
+
+    assert built() == (64, 'isotropic')
+    assert built(pretrained_cfg=cfg, **SMALL) == (6, 'gaussian')
+    assert built(pretrained_cfg=SpotPretrainedCfg(**cfg), **SMALL) == (6, 'gaussian')
+    assert built(pretrained_cfg=cfg, pretrained_cfg_overlay=overlay) == (7, 'sobol')
+    assert built(pretrained_cfg=cfg, pretrained_cfg_overlay=overlay, n_tokens=8) == (8, 'sobol')
+    assert built(saved) == (5, 'uniform')
+    assert built(saved, pretrained_cfg_overlay=overlay) == (7, 'sobol')
+    assert built(saved, pretrained_cfg_overlay=overlay, n_tokens=8, sampler='center') == (8, 'center')
+    assert built(saved, sampler='center') == (5, 'center')
+
+    config = json.loads((tmp_path / 'config.json').read_text())
+    for name in ('n_tokens', 'sampler'):
+        del config['model_args'][name]
+    config['pretrained_cfg'].update(n_tokens=4, sampler='center')
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    assert built(saved) == (4, 'center')
+    assert built(saved, pretrained_cfg_overlay=dict(n_tokens=7)) == (7, 'center')
+
+
+def test_feature_maps_are_lattices_or_refused():
+    images = torch.randn(2, 3, 64, 96)
+    model = create()
+    assert [f.shape for f in model.forward_intermediates(images, intermediates_only=True)] == [(2, 64, 8, 12)] * 2
+    model.set_placement(n_tokens=6)
+    maps = model.forward_intermediates(images, intermediates_only=True)[-1]
+    tokens = model.forward_intermediates(images, intermediates_only=True, output_fmt='NLC')[-1]
+    assert maps.shape == (2, 64, 2, 3)
+    assert torch.equal(maps[1, :, 1, 2], tokens[1, 5])
+    with pytest.raises(ValueError, match="output_fmt='NLC'"):
+        model.forward_intermediates(images, positions=torch.rand(49, 2))
+    lattice = timm_spot.sample_positions('isotropic', 8, (64, 128))
+    taken = model.forward_intermediates(images, positions=lattice[0], intermediates_only=True)
+    assert taken[0].shape == (2, 64, 2, 4)
+    with pytest.raises(ValueError, match="output_fmt='NHWC'"):
+        model.forward_intermediates(images, output_fmt='NHWC')
+
+
+def test_49_tokens_at_random_do_not_become_a_14_x_14_map():
+    model = create(n_tokens=49, sampler='uniform', features_only=True, out_indices=1)
+    with pytest.raises(ValueError, match="'uniform' places 49 tokens on no lattice"):
+        model(torch.randn(1, 3, 112, 112))
+
+
+def test_intermediates_with_prefix_norm_and_dictionary():
+    model = create(reg_tokens=2)
+    images = torch.randn(2, 3, 64, 64)
+    result = model.forward_intermediates(
+        images, indices=[1], return_prefix_tokens=True, norm=True, output_dict=True, stop_early=True)
+    assert result['image_intermediates'][0].shape == (2, 64, 8, 8)
+    assert result['image_intermediates_prefix'][0].shape == (2, 3, 64)
+    features = model.forward_features(images)
+    torch.testing.assert_close(result['image_features'], features)
+    torch.testing.assert_close(result['image_intermediates_prefix'][0], features[:, :3])
+    pairs = model.forward_intermediates(images, indices=[1], return_prefix_tokens=True, intermediates_only=True)
+    assert len(pairs[0]) == 2
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(reg_tokens=4), dict(class_token=False, global_pool='avg'), dict(global_pool='map'), dict(pre_norm=True),
+    dict(qk_norm=True), dict(dynamic_img_size=True), dict(in_chans=1), dict(num_classes=0), dict(no_embed_class=True),
+    dict(patch_drop_rate=0.5), dict(embed_norm_layer=torch.nn.LayerNorm)])
+def test_keywords_of_timm_s_vision_transformer(kwargs):
+    model = create(**kwargs)
+    output = model(torch.randn(2, kwargs.get('in_chans', 3), 70, 50))
+    assert output.shape == (2, kwargs.get('num_classes', 10) or 64)
+
+
+def test_position_table_is_refused():
+    with pytest.raises(ValueError, match="pos_embed must be 'none'"):
+        create(pos_embed='learn')
+
+
+def test_small_images_are_refused(pico):
+    with pytest.raises(ValueError, match='7 x 64 px are smaller than one window of 8 x 8'):
+        pico(torch.rand(1, 3, 7, 64))
+
+
+def test_meta_to_empty_init_weights_leaves_nothing_uninitialised():
+    model = timm.create_model(PICO, device='meta', dtype=torch.float64, **SMALL)
+    model = model.to_empty(device='cpu').eval()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(float('nan'))
+    model.init_weights()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        assert tensor.isfinite().all(), name
+    assert model.patch_embed.n_sigma == 1
+    assert model(torch.rand(1, 3, 64, 64, dtype=torch.float64)).isfinite().all()
+
+
+def test_groups_for_weight_and_layer_decay(pico):
+    matcher = timm.models.group_parameters(pico, pico.group_matcher(), return_values=False, reverse=True)
+    for name in ('patch_embed.proj.weight', 'patch_embed.pos_proj.weight', 'cls_token'):
+        assert matcher[name] == 0
+    assert matcher['blocks.4.mlp.fc1.weight'] > matcher['blocks.0.mlp.fc1.weight'] > 0
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+def test_compiles_without_a_break(sampler):
+    torch._dynamo.reset()
+    model = create(sampler=sampler, n_tokens=9)
+    images = torch.randn(2, 3, 64, 64)
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), model(images))
+        positions = torch.rand(2, 7, 2)
+        torch.testing.assert_close(compiled(images, positions), model(images, positions))
+
+
+def test_compiled_gradient_to_positions():
+    torch._dynamo.reset()
+    model = create()
+    images, positions = torch.randn(2, 3, 64, 64), torch.rand(2, 7, 2, requires_grad=True)
+    plain, = torch.autograd.grad(model(images, positions).sum(), positions)
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    graph, = torch.autograd.grad(compiled(images, positions).sum(), positions)
+    torch.testing.assert_close(graph, plain)
+
+
+def test_export_with_placement_baked_in_or_as_input():
+    model = create(n_tokens=9, sampler='sobol')
+    images, positions = torch.randn(2, 3, 64, 64), torch.rand(2, 7, 2)
+    baked = torch.export.export(model, (images,))
+    torch.testing.assert_close(baked.module()(images), model(images))
+    batch, n = torch.export.Dim('batch', min=2, max=64), torch.export.Dim('n', min=2, max=256)
+    free = torch.export.export(model, (images, positions), dynamic_shapes=({0: batch}, {0: batch, 1: n}))
+    images, positions = torch.randn(5, 3, 64, 64), torch.rand(5, 12, 2)
+    torch.testing.assert_close(free.module()(images, positions), model(images, positions))
+
+
+def test_state_dict_round_trip():
+    model = create(n_tokens=9)
+    images = torch.randn(2, 3, 64, 64)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    other = create(n_tokens=9, num_classes=10)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    torch.testing.assert_close(other(images), model(images))
+
+
+def test_shipped_digits_load_offline():
+    model = timm.create_model(PICO, pretrained=True)
+    assert model.pretrained_cfg['label_names'] == tuple('0123456789')
+    assert model.pretrained_cfg['tag'] == 'digits'

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from timm_spot import sample_windows
+
+
+def by_hand(image, index_y, index_x):
+    """Bilinear interpolation of one channel at one index, zero outside."""
+    H, W = image.shape
+    y0, x0 = int(torch.tensor(index_y).floor()), int(torch.tensor(index_x).floor())
+    value = 0.
+    for y, x in ((y0, x0), (y0, x0 + 1), (y0 + 1, x0), (y0 + 1, x0 + 1)):
+        if 0 <= y < H and 0 <= x < W:
+            value += image[y, x].item() * (1 - abs(index_y - y)) * (1 - abs(index_x - x))
+    return value
+
+
+def test_golden_windows(golden):
+    windows = sample_windows(golden['image'], golden['positions'], 16, 'spot')
+    torch.testing.assert_close(windows, golden['windows_and_position_maps'][:, :, :3], rtol=0, atol=5e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    k=st.integers(1, 5), H=st.integers(5, 12), W=st.integers(5, 12),
+    y=st.floats(-0.2, 1.2, width=32), x=st.floats(-0.2, 1.2, width=32))
+def test_patch_windows_follow_the_formula(k, H, W, y, x):
+    image = torch.rand(1, 1, H, W, generator=torch.Generator().manual_seed(H * W + k), dtype=torch.float64)
+    windows = sample_windows(image, torch.tensor([[y, x]], dtype=torch.float64), k)
+    expected = [
+        [by_hand(image[0, 0], y * H - 0.5 + i - (k - 1) / 2, x * W - 0.5 + j - (k - 1) / 2) for j in range(k)]
+        for i in range(k)]
+    torch.testing.assert_close(windows[0, 0, 0], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    k=st.integers(2, 5), H=st.integers(5, 12), W=st.integers(5, 12),
+    y=st.floats(-0.2, 1.2, width=32), x=st.floats(-0.2, 1.2, width=32))
+def test_spot_windows_follow_the_formula(k, H, W, y, x):
+    image = torch.rand(1, 1, H, W, generator=torch.Generator().manual_seed(H * W + k), dtype=torch.float64)
+    windows = sample_windows(image, torch.tensor([[y, x]], dtype=torch.float64), k, 'spot')[0, 0, 0]
+    for i in range(k):
+        for j in range(k):
+            index_y = y * H + 2 * H / (H + W) * k / (k - 1) * (i - (k - 1) / 2)
+            index_x = x * W + 2 * W / (H + W) * k / (k - 1) * (j - (k - 1) / 2)
+            if min(abs(index_y), abs(index_x), abs(index_y - H + 1), abs(index_x - W + 1)) < 1e-9:
+                continue  # on the border itself rounding decides
+            inside = 0 <= index_y < H - 1 and 0 <= index_x < W - 1
+            expected = by_hand(image[0, 0], index_y, index_x) if inside else 0.
+            assert windows[i, j].item() == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize('k, H, W', [(16, 224, 224), (8, 64, 96), (14, 98, 70), (32, 96, 224)])
+def test_patch_grid_gives_the_patches(k, H, W):
+    image = torch.randn(2, 3, H, W)
+    y, x = (torch.arange(H // k) + 0.5) * k / H, (torch.arange(W // k) + 0.5) * k / W
+    windows = sample_windows(image, torch.cartesian_prod(y, x), k)
+    patches = F.unfold(image, k, stride=k).transpose(1, 2).reshape(2, -1, 3, k, k)
+    torch.testing.assert_close(windows, patches, rtol=0, atol=2e-4)
+
+
+def test_gradient_on_pixel_centres_is_the_symmetric_difference():
+    # f(x + 1/2 px) - f(x - 1/2 px) of a ramp of squares: at pixel i, ((i + 1)^2 - (i - 1)^2) / 2 = 2 i.
+    image = (torch.arange(9.) ** 2).expand(1, 1, 9, 9).contiguous()
+    position = torch.tensor([[[4.5 / 9, 4.5 / 9]]], requires_grad=True)
+    sample_windows(image, position, 1).sum().backward()
+    assert position.grad[0, 0].tolist() == pytest.approx([0., 8. * 9], abs=1e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), k=st.integers(1, 4))
+def test_gradient_equals_half_pixel_finite_difference(seed, k):
+    g = torch.Generator().manual_seed(seed)
+    image = torch.randn(2, 2, 9, 7, generator=g, dtype=torch.float64)
+    positions = (torch.rand(2, 3, 2, generator=g, dtype=torch.float64) * 1.4 - 0.2).requires_grad_()
+    weight = torch.randn(2, 3, 2, k, k, generator=g, dtype=torch.float64)
+
+    def loss(p):
+        return (sample_windows(image, p, k) * weight).sum((2, 3, 4))  # B N
+
+    loss(positions).sum().backward()
+    with torch.no_grad():
+        for axis, size in ((0, 9), (1, 7)):
+            half = torch.zeros(2, dtype=torch.float64)
+            half[axis] = 0.5 / size
+            difference = (loss(positions + half) - loss(positions - half)) * size
+            torch.testing.assert_close(positions.grad[..., axis], difference)
+
+
+def test_gradient_to_images_under_patch():
+    image = torch.randn(1, 1, 6, 6, dtype=torch.float64, requires_grad=True)
+    positions = torch.rand(1, 2, 2, dtype=torch.float64)
+    plain, = torch.autograd.grad(sample_windows(image, positions, 3).square().sum(), image)
+    with_positions, _ = torch.autograd.grad(
+        sample_windows(image, positions.requires_grad_(), 3).square().sum(), (image, positions))
+    torch.testing.assert_close(plain, with_positions)
+
+
+def test_spot_gradient_is_the_plain_one():
+    image = torch.randn(1, 2, 12, 10, dtype=torch.float64)
+    positions = 0.3 + 0.4 * torch.rand(1, 3, 2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda p: sample_windows(image, p, 3, 'spot'), positions.requires_grad_())
+
+
+def test_dtypes():
+    positions = torch.rand(4, 2)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        assert sample_windows(torch.rand(1, 3, 16, 16).to(dtype), positions, 4).dtype == dtype
+    image = (torch.rand(1, 3, 16, 16) * 255).to(torch.uint8)
+    torch.testing.assert_close(sample_windows(image, positions, 4), sample_windows(image.float(), positions, 4))
+
+
+@pytest.mark.parametrize('positions, error, says', [
+    ([[0.5, 0.5]], TypeError, 'positions must be a tensor'),
+    (torch.zeros(3, 2, dtype=torch.int64), TypeError, 'int64'),
+    (torch.zeros(3, 2, dtype=torch.bfloat16), TypeError, 'bfloat16'),
+    (torch.zeros(3, 3), ValueError, r'\(3, 3\)'),
+    (torch.zeros(3, 4, 2), ValueError, r'\(2, N, 2\)'),
+    (torch.zeros(0, 2), ValueError, 'N >= 1'),
+    (torch.zeros(3, 2, device='meta'), ValueError, 'meta'),
+    (torch.tensor([[0.5, 0.5], [0.5, float('nan')]]), ValueError, r'NaN or infinity, first at index \(1, 1\)'),
+])
+def test_bad_positions(positions, error, says):
+    with pytest.raises(error, match=says):
+        sample_windows(torch.rand(2, 3, 16, 16), positions, 4)
+
+
+def test_bad_images_and_conventions():
+    positions = torch.rand(4, 2)
+    with pytest.raises(ValueError, match='10 x 20 px are smaller than one window of 16 x 16'):
+        sample_windows(torch.rand(1, 3, 10, 20), positions, 16)
+    with pytest.raises(ValueError, match=r'\(B, C, H, W\), got \(3, 20, 20\)'):
+        sample_windows(torch.rand(3, 20, 20), positions, 16)
+    with pytest.raises(ValueError, match="'grid' is unknown, use one of 'patch', 'spot'"):
+        sample_windows(torch.rand(1, 3, 20, 20), positions, 16, 'grid')
+    with pytest.raises(ValueError, match='at least 2 pixels'):
+        sample_windows(torch.rand(1, 3, 20, 20), positions, 1, 'spot')

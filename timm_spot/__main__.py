@@ -1,0 +1,33 @@
+"""Run any of timm's scripts with timm_spot's models registered.
+
+    python -m timm_spot SCRIPT [ARGUMENTS OF THE SCRIPT]
+    python -m timm_spot validate.py --model spot_vit_pico_patch8_64 --pretrained --model-kwargs n_tokens=25 ...
+    torchrun --nproc-per-node 2 -m timm_spot train.py --model spot_vit_base_patch16_mae ...
+"""
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+from timm.models import _builder
+
+from .models import SpotPretrainedCfg
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] in ('-h', '--help'):
+        sys.exit(__doc__)
+    script = Path(sys.argv[1])
+    if not script.is_file():
+        sys.exit(f'python -m timm_spot: there is no script {script}')
+    # Scripts build the config of a hf-hub: or local-dir: model before our entrypoint can; this lets them read
+    # n_tokens, sampler and the like in it. Fields that are unset never show.
+    _builder.PretrainedCfg = SpotPretrainedCfg
+    del sys.argv[0]
+    sys.path[0] = str(script.parent.resolve())
+    runpy.run_path(str(script), run_name='__main__')
+
+
+if __name__ == '__main__':
+    main()

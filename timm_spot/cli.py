@@ -1,0 +1,149 @@
+"""The `timm-spot` command: one thin sub-command for each task."""
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator, Optional, Tuple
+
+import click
+import timm
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+import timm_spot
+
+from .tasks import predict as prediction
+
+_BATCH_SIZE = 32
+DEFAULT_MODEL = 'spot_vit_pico_patch8_64'
+
+
+@click.group(context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
+@click.version_option(timm_spot.__version__)
+def main() -> None:
+    """Vision Transformers off the grid."""
+    warnings.showwarning = lambda message, *_: click.secho(f'warning: {message}', fg='yellow', err=True)
+
+
+@contextmanager
+def clean_errors() -> Iterator[None]:
+    """Turn what a user can put right into one line and exit status 1, without a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, OSError, SafetensorError) as e:
+        raise click.ClickException(str(e) or type(e).__name__) from e
+
+
+def create_model(name: str, weights: Optional[str] = None, **kwargs: Any) -> nn.Module:
+    """A model in eval mode with its weights; for an unknown name an error with the closest known ones."""
+    if ':' not in name and not timm.is_model(name):
+        known = timm.list_models('spot_*') + timm.list_models('spot_*', include_tags=True)
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ''
+        raise ValueError(f'unknown model {name}.{hint} `timm-spot models` lists them all.')
+    overlay = dict(file=weights) if weights else None
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+    if not isinstance(model, timm_spot.models.SubpixelVisionTransformer):
+        raise ValueError(f'{name} is no subpixel ViT: `timm-spot models` lists those that are.')
+    return model
+
+
+@main.command()
+@click.argument('images', nargs=-1, required=True)
+@click.option('--model', 'name', default=DEFAULT_MODEL, show_default=True, help='Name, hf-hub:ID or local-dir:PATH.')
+@click.option('--n-tokens', type=int, help='Budget; by default that of the model.')
+@click.option('--sampler', help='Spatial prior that places the tokens; by default that of the model.')
+@click.option('--topk', type=click.IntRange(min=1), default=5, show_default=True, help='Classes for each picture.')
+@click.option('--weights', type=click.Path(), help="Checkpoint: timm_spot's, the authors' or a timm ViT's.")
+@click.option('--json', 'as_json', is_flag=True, help='Print one JSON list instead of lines.')
+@click.option('--save-placement', type=click.Path(path_type=Path), metavar='PNG',
+              help='Save the picture with its windows; with several pictures PNG-<picture>.png for each.')
+def predict(
+        images: Tuple[str, ...],
+        name: str,
+        n_tokens: Optional[int],
+        sampler: Optional[str],
+        topk: int,
+        weights: Optional[str],
+        as_json: bool,
+        save_placement: Optional[Path],
+) -> None:
+    """Print the most probable classes of IMAGES (files, folders, globs).
+
+    A file that is no picture is reported on standard error, the others are still predicted, and the exit status is 1.
+    """
+    with clean_errors():
+        files = prediction.find_images(images)
+        model = create_model(name, weights, n_tokens=n_tokens, sampler=sampler)
+        transform, names = prediction.model_transform(model), prediction.class_names(model)
+        results, broken = [], []
+        with click.progressbar(length=len(files), file=sys.stderr, label='predict') as bar:
+            for start in range(0, len(files), _BATCH_SIZE):
+                loaded = []
+                for file in files[start:start + _BATCH_SIZE]:
+                    try:
+                        loaded.append((file, prediction.load_image(file, transform)))
+                    except ValueError as e:
+                        broken.append(str(e))
+                    bar.update(1)
+                if not loaded:
+                    continue
+                batch = torch.stack([image for _, image in loaded])
+                scores = prediction.predict(model, batch, names, topk)
+                results += [(file, row) for (file, _), row in zip(loaded, scores)]
+                if save_placement is not None:
+                    for (file, _), image, positions in zip(loaded, batch, model.place(batch)):
+                        _save_placement(model, image, positions, _picture_path(save_placement, file, len(files)))
+    if as_json:
+        click.echo(json.dumps(
+            [dict(file=str(file), classes=[score._asdict() for score in row]) for file, row in results], indent=1))
+    else:
+        for file, row in results:
+            click.echo(f'{file}  ' + '  '.join(f'{score.name} {score.probability:.1%}' for score in row))
+    for message in broken:
+        click.secho(f'error: {message}', fg='red', err=True)
+    if broken:
+        raise SystemExit(1)
+
+
+def _picture_path(path: Path, file: Path, n_files: int) -> Path:
+    return path if n_files == 1 else path.with_name(f'{path.stem}-{file.stem}.png')
+
+
+def _save_placement(model: nn.Module, image: torch.Tensor, positions: torch.Tensor, path: Path) -> None:
+    from .tasks.draw import draw_placement
+
+    cfg = model.pretrained_cfg
+    mean, std = (torch.tensor(cfg[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+    figure = draw_placement(image * std + mean, positions, model.patch_embed.window).figure
+    figure.savefig(path, dpi=150)
+    figure.clear()
+
+
+@main.command()
+def models() -> None:
+    """List names, tags, parameters and where the weights come from."""
+    rows = [('model', 'tag', 'parameters', 'weights')]
+    for name in timm.list_models('spot_*'):
+        parameters = sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
+        for tagged in timm.list_models(f'{name}.*', include_tags=True):
+            cfg = timm.get_pretrained_cfg(tagged)
+            if cfg.hf_hub_id:
+                source = f'Hub: {cfg.hf_hub_id}'
+            elif cfg.file:
+                source = 'in the package'
+            else:
+                source = f"the authors' file, see {cfg.origin_url}"
+            rows.append((name, cfg.tag, f'{parameters / 1e6:.1f} M', source))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for row in rows:
+        click.echo('  '.join(cell.ljust(width) for cell, width in zip(row, widths)) + '  ' + row[3])
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,93 @@
+"""From pictures on disk to class names and probabilities."""
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+from typing import Callable, Dict, List, NamedTuple, Sequence
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from timm.data.readers.img_extensions import get_img_extensions
+from torch import nn
+
+
+class ClassScore(NamedTuple):
+    label: int
+    name: str
+    probability: float
+
+
+def find_images(sources: Sequence[str]) -> List[Path]:
+    """Pictures named by files, folders (searched recursively) and glob patterns, in order, each once.
+
+    Raises:
+        FileNotFoundError: A source names nothing, or a folder holds no picture.
+    """
+    extensions = get_img_extensions()
+    found: Dict[Path, None] = {}
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            files = sorted(f for f in path.rglob('*') if f.suffix.lower() in extensions)
+            if not files:
+                raise FileNotFoundError(f'folder {source} holds no picture ({", ".join(sorted(extensions))}).')
+        elif path.is_file():
+            files = [path]
+        else:
+            files = [Path(f) for f in sorted(glob.glob(source, recursive=True)) if Path(f).is_file()]
+            if not files:
+                raise FileNotFoundError(f'{source} is no file, no folder and matches nothing.')
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+def model_transform(model: nn.Module) -> Callable[[Image.Image], torch.Tensor]:
+    """The evaluation transform of a model's own data config: picture to normalised (C, H, W)."""
+    return create_transform(**resolve_model_data_config(model), is_training=False)
+
+
+def load_image(path: Path, transform: Callable[[Image.Image], torch.Tensor]) -> torch.Tensor:
+    """Read one picture as (C, H, W).
+
+    Raises:
+        ValueError: The file is no picture, or is damaged; names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            return transform(image.convert('RGB'))
+    except UnidentifiedImageError as e:
+        raise ValueError(f'{path} is no picture that can be read.') from e
+    except OSError as e:
+        raise ValueError(f'{path} is damaged: {e}.') from e
+
+
+def class_names(model: nn.Module) -> List[str]:
+    """Names of a model's classes: its config's own, else timm's ImageNet tables, else the numbers."""
+    names = model.pretrained_cfg.get('label_names')
+    if names and len(names) == model.num_classes:
+        return list(names)
+    subset = infer_imagenet_subset(model)
+    if subset:
+        info = ImageNetInfo(subset)
+        return [info.index_to_description(i) for i in range(model.num_classes)]
+    return [str(i) for i in range(model.num_classes)]
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: torch.Tensor, names: Sequence[str], topk: int = 5) -> List[List[ClassScore]]:
+    """The most probable classes of each image.
+
+    Args:
+        model: A classifier in eval mode.
+        images: (B, C, H, W), normalised.
+        names: One for each class, see `class_names`.
+        topk: Classes to return, at most all.
+
+    Returns:
+        For each image its classes, most probable first.
+    """
+    probabilities, labels = model(images).softmax(dim=1).topk(min(topk, len(names)), dim=1)
+    return [
+        [ClassScore(label, names[label], probability) for probability, label in zip(p, row)]
+        for p, row in zip(probabilities.tolist(), labels.tolist())]
