@@ -1,0 +1,70 @@
+"""The main job, offline: read held-out digits at three budgets, draw placements, time a base model on a photograph."""
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from statistics import median
+
+import matplotlib
+import timm
+import torch
+
+import timm_spot
+from timm_spot.tasks.draw import draw_placement
+from timm_spot.tasks.predict import find_images, load_image, model_transform
+
+matplotlib.use('Agg')
+HERE = Path(__file__).parent
+PICTURE = HERE / 'placements.png'
+BUDGETS = (9, 25, 64)
+REPEATS = 7
+
+
+def read_digits() -> None:
+    files = find_images([str(HERE / 'digits')])
+    labels = torch.tensor([int(f.stem.split('_')[1]) for f in files])
+    model = timm.create_model('spot_vit_pico_patch8_64', pretrained=True).eval()
+    transform = model_transform(model)
+    images = torch.stack([load_image(f, transform) for f in files])
+    print(f'{len(files)} canvases of handwritten digits never seen in training, spot_vit_pico_patch8_64.digits:')
+    figure, axes = matplotlib.pyplot.subplots(len(BUDGETS), 6, figsize=(9, 4.6), layout='constrained')
+    std, mean = model.pretrained_cfg['std'][0], model.pretrained_cfg['mean'][0]
+    for n_tokens, row in zip(BUDGETS, axes):
+        model.set_placement(n_tokens=n_tokens)
+        with torch.inference_mode():
+            answers = model(images).argmax(dim=1)
+        print(f'  {n_tokens:3d} tokens: {(answers == labels).sum()} of {len(files)} right')
+        for image, positions, answer, label, ax in zip(images, model.place(images), answers, labels, row):
+            draw_placement(image * std + mean, positions, model.patch_embed.window, ax=ax)
+            ax.set_title(f'{answer}', color='black' if answer == label else 'red', fontsize=9)
+        row[0].set_ylabel(f'{n_tokens} tokens')
+    figure.savefig(PICTURE, dpi=120)
+    print(f'  placements and answers drawn in {PICTURE}')
+
+
+def time_base_models() -> None:
+    spot = timm.create_model('spot_vit_base_patch16_mae').eval()
+    vit = timm.create_model('vit_base_patch16_224', global_pool='avg', class_token=True).eval()
+    image = load_image(HERE / 'photos' / 'cowbike.jpg', model_transform(spot))[None]
+    runs = {
+        'timm vit_base_patch16_224, 196 patches': lambda: vit(image),
+        'spot_vit_base_patch16_mae, 196 tokens': lambda: spot(image, positions[196]),
+        'spot_vit_base_patch16_mae,  25 tokens': lambda: spot(image, positions[25]),
+    }
+    positions = {n: timm_spot.sample_positions('isotropic', n, (224, 224)) for n in (25, 196)}
+    seconds = {name: [] for name in runs}
+    with torch.inference_mode():
+        for _ in range(REPEATS):  # taking turns, so that a busy moment of the machine hits them all
+            for name, run in runs.items():
+                begin = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - begin)
+    print(f'\nOne photograph, batch 1, {torch.get_num_threads()} CPU threads, float32, median of {REPEATS}:')
+    for name, times in seconds.items():
+        print(f'  {name}: {1 / median(times):5.1f} images/s')
+    print('  (random weights: what a base model answers means nothing before its weights are downloaded)')
+
+
+if __name__ == '__main__':
+    read_digits()
+    time_base_models()
