@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -245,7 +246,7 @@ def test_groups_for_weight_and_layer_decay(pico):
 @pytest.mark.parametrize('sampler', SAMPLERS)
 def test_compiles_without_a_break(sampler):
     torch._dynamo.reset()
-    model = create(sampler=sampler, n_tokens=9)
+    model = create(sampler=sampler, n_tokens=9, depth=1)
     images = torch.randn(2, 3, 64, 64)
     compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
     with torch.no_grad():
@@ -256,7 +257,7 @@ def test_compiles_without_a_break(sampler):
 
 def test_compiled_gradient_to_positions():
     torch._dynamo.reset()
-    model = create()
+    model = create(depth=1)
     images, positions = torch.randn(2, 3, 64, 64), torch.rand(2, 7, 2, requires_grad=True)
     plain, = torch.autograd.grad(model(images, positions).sum(), positions)
     compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
@@ -267,12 +268,31 @@ def test_compiled_gradient_to_positions():
 def test_export_with_placement_baked_in_or_as_input():
     model = create(n_tokens=9, sampler='sobol')
     images, positions = torch.randn(2, 3, 64, 64), torch.rand(2, 7, 2)
-    baked = torch.export.export(model, (images,))
+    for size in ((64, 64), (72, 88)):  # the nominal size and one that was never seen before
+        other = torch.randn(2, 3, *size)
+        torch.testing.assert_close(torch.export.export(model, (other,)).module()(other), model(other))
+    baked = torch.export.export(model, (images,), strict=True)
     torch.testing.assert_close(baked.module()(images), model(images))
     batch, n = torch.export.Dim('batch', min=2, max=64), torch.export.Dim('n', min=2, max=256)
     free = torch.export.export(model, (images, positions), dynamic_shapes=({0: batch}, {0: batch, 1: n}))
     images, positions = torch.randn(5, 3, 64, 64), torch.rand(5, 12, 2)
     torch.testing.assert_close(free.module()(images, positions), model(images, positions))
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::UserWarning')  # exporter's
+@pytest.mark.parametrize('with_positions', [False, True])
+def test_onnx_with_dynamic_batch_and_budget(with_positions, tmp_path):
+    model = create(n_tokens=9, sampler='sobol', depth=1)
+    dynamic = torch.export.Dim.DYNAMIC
+    inputs, shapes = (torch.randn(2, 3, 64, 64), torch.rand(2, 7, 2)), ({0: dynamic}, {0: dynamic, 1: dynamic})
+    n_inputs = 2 if with_positions else 1
+    program = torch.onnx.export(
+        model, inputs[:n_inputs], dynamo=True, dynamic_shapes=shapes[:n_inputs], verbose=False)
+    program.save(tmp_path / 'model.onnx')
+    session = onnxruntime.InferenceSession(tmp_path / 'model.onnx')
+    inputs = (torch.randn(5, 3, 64, 64), torch.rand(5, 12, 2))[:n_inputs]
+    answer, = session.run(None, {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs)})
+    torch.testing.assert_close(torch.from_numpy(answer), model(*inputs).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_state_dict_round_trip():
