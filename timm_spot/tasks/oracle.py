@@ -75,7 +75,7 @@ class OracleResult:
             metadata: For the file's header. With more than one entry their order, and so the bytes, may vary.
         """
         tensors = {k: v.cpu().contiguous() for k, v in self._tensors().items()}
-        partial = Path(f'{path}.{os.getpid()}.tmp')
+        partial = Path(f'{path}.tmp')
         save_file(tensors, partial, metadata=metadata)
         os.replace(partial, path)
 
