@@ -60,7 +60,7 @@ def main(
         wrong = torch.cat([model(x, full).argmax(dim=1) for x in images.split(128)]) != labels
     click.echo(f'{len(images)} canvases ({split}), {steps} steps, lr {lr}, keep {keep}, bounds {bounds}')
     click.echo('error at the full budget of 64 tokens: {:.1f} ± {:.1f} %'.format(*percent(wrong, canvases)))
-    click.echo('\n| tokens | objective | error before, % | error after, % | fewer errors, % of canvases | the same, in SE |')
+    click.echo('\n| tokens | objective | error before, % | error after, % | gain, % | gain, SE |')
     click.echo('|---' * 6 + '|')
     for n in n_tokens:
         for objective in objectives:
