@@ -6,14 +6,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import set_reentrant_ckpt, use_reentrant_ckpt
 
 from timm_spot import OracleResult, optimize_positions, sample_positions
 from timm_spot.tasks.oracle import _reflect
-
-SMALL = dict(embed_dim=64, depth=2, num_heads=4)
 
 
 @pytest.fixture

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from safetensors import safe_open
 from torch.utils.data import IterableDataset
 
 from timm_spot import OracleResult, optimize_positions
+from timm_spot.cli import main
 from timm_spot.tasks.oracle_run import open_dataset, run_oracle
 
 
@@ -194,3 +196,32 @@ def test_mistakes_name_their_place(tiny, tmp_path):
         run(tiny, folder, tmp_path / 'r2.safetensors', batch_size=2)
     with pytest.raises(ValueError, match='dataset is empty'):
         run_oracle(tiny, [], tmp_path / 'r3.safetensors')
+
+
+def test_command(tiny, tmp_path):
+    timm.models.save_for_hf(tiny, tmp_path / 'saved')
+    labelled, flat = write_pictures(tmp_path / 'labelled', 5), write_pictures(tmp_path / 'flat', 5, 0)
+    out = tmp_path / 'r.safetensors'
+
+    def oracle(*arguments):
+        arguments = [*arguments, '--model', f'local-dir:{tmp_path}/saved', '--n-tokens', 4, '--steps', 2, '--out', out]
+        return CliRunner().invoke(main, ['oracle', *map(str, arguments)])
+
+    result = oracle(labelled)
+    assert result.exit_code == 0, result.output
+    written = OracleResult.from_safetensors(out)
+    before, after = written.correct_before.float().mean(), written.correct_after.float().mean()
+    assert result.stdout.startswith('5 images, 4 tokens, 2 steps, ')
+    assert f'accuracy  {before:.2%} -> {after:.2%}' in result.stdout
+    assert f'loss      {written.losses[:, 0].mean():.4f} -> {written.losses[:, 2].mean():.4f}' in result.stdout
+    out.unlink()
+
+    refused = oracle(flat)
+    assert refused.exit_code == 1 and 'there are no labels: give --class-map' in refused.stderr
+    result = oracle(flat, '--objective', 'teacher', '--amp-dtype', 'bfloat16', '--init', 'uniform')
+    assert result.exit_code == 0 and 'accuracy' not in result.stdout, result.output
+    assert OracleResult.from_safetensors(out).correct_after is None
+    again = oracle(flat, '--objective', 'teacher', '--amp-dtype', 'bfloat16', '--init', 'uniform')
+    assert again.exit_code == 0 and ' 0.0 images/s' in again.stdout
+    other = oracle(flat, '--objective', 'entropy')
+    assert other.exit_code == 1 and 'was made with other settings (init, search)' in other.stderr
