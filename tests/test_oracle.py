@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from timm.layers import set_reentrant_ckpt, use_reentrant_ckpt
 
 from timm_spot import OracleResult, optimize_positions, sample_positions
+from timm_spot.tasks.digits import draw_canvases, load_digits
 from timm_spot.tasks.oracle import _reflect
 
 
@@ -367,3 +369,33 @@ def test_mistakes_are_refused(tiny, images, wrong, error, message):
     arguments = dict(model=tiny, images=images, targets=TARGETS, n_tokens=None)
     with pytest.raises(error, match=message):
         optimize_positions(**{**arguments, **wrong})
+
+
+def test_gradient_on_the_patch_grid_has_the_sign_of_the_difference():
+    """Every sample lies on a kink of the interpolation there; see benchmarks/oracle_gradient.py."""
+    model = timm.create_model('spot_vit_pico_patch8_64', pretrained=True).eval()
+    digits, targets = load_digits('held_out')
+    canvases = draw_canvases(digits[:8], torch.Generator().manual_seed(0))
+    images, targets = (canvases.float() / 127.5 - 1)[:, None].repeat(1, 3, 1, 1), targets[:8]
+    positions = sample_positions('grid', 9, (64, 64), 8, window=8).requires_grad_()
+    F.cross_entropy(model(images, positions), targets, reduction='sum').backward()
+    agree = []
+    with torch.no_grad():
+        for i, axis in itertools.product(range(9), range(2)):
+            shift = torch.zeros(9, 2)
+            shift[i, axis] = 0.5 / 64
+            ahead, behind = (
+                F.cross_entropy(model(images, positions + sign * shift), targets, reduction='none') for sign in (1, -1))
+            clear = (ahead - behind).abs() > 1e-4
+            agree += ((ahead - behind).sign() == positions.grad[:, i, axis].sign())[clear].tolist()
+    assert len(agree) > 70 and sum(agree) >= 0.9 * len(agree)
+
+
+def test_search_halves_the_errors_of_the_digits_model():
+    model = timm.create_model('spot_vit_pico_patch8_64', pretrained=True).eval()
+    digits, targets = load_digits('held_out')
+    canvases = draw_canvases(digits[:64], torch.Generator().manual_seed(1))
+    images, targets = (canvases.float() / 127.5 - 1)[:, None].repeat(1, 3, 1, 1), targets[:64]
+    result = optimize_positions(model, images, targets, n_tokens=9, steps=20, lr=1e-2)
+    errors_before, errors_after = (~result.correct_before).sum(), (~result.correct_after).sum()
+    assert errors_before >= 6 and errors_after <= errors_before / 2

@@ -180,7 +180,7 @@ def oracle(
         counts: List[int] = []
         begin = time.monotonic()
         with click.progressbar(
-                length=len(dataset), file=click.get_text_stream('stderr'), label='oracle', show_pos=True) as bar:
+                length=len(dataset), file=sys.stderr, label='oracle', show_pos=True) as bar:
             def advance(count: int) -> None:
                 counts.append(count)
                 bar.update(count)
