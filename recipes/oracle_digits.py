@@ -18,12 +18,17 @@ from timm_spot.tasks.digits import draw_canvases, load_digits
 from timm_spot.tasks.objectives import OBJECTIVES
 
 
-def draw(split: str, digits: int, canvases: int) -> Tuple[torch.Tensor, torch.Tensor]:
+def to_input(canvases: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
+    """uint8 (B, 64, 64) to the model's input, (B, 3, 64, 64)."""
+    mean, std = (model.pretrained_cfg[key][0] for key in ('mean', 'std'))
+    return ((canvases.float() / 255 - mean) / std)[:, None].repeat(1, 3, 1, 1)
+
+
+def draw(model: torch.nn.Module, split: str, digits: int, canvases: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """Canvases (digits * canvases, 3, 64, 64) as the model takes them, digit by digit, and labels."""
     images, labels = load_digits(split)
     images, labels = images[:digits].repeat_interleave(canvases, 0), labels[:digits].repeat_interleave(canvases)
-    drawn = draw_canvases(images, torch.Generator().manual_seed(2))
-    return (drawn.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1).contiguous(), labels
+    return to_input(draw_canvases(images, torch.Generator().manual_seed(2)), model), labels
 
 
 def percent(per_canvas: torch.Tensor, canvases: int) -> Tuple[float, float]:
@@ -54,7 +59,7 @@ def main(
         canvases: int,
 ) -> None:
     model = timm.create_model('spot_vit_pico_patch8_64', pretrained=True).eval()
-    images, labels = draw(split, digits, canvases)
+    images, labels = draw(model, split, digits, canvases)
     with torch.inference_mode():
         full = timm_spot.sample_positions('isotropic', 64, (64, 64))[0]
         wrong = torch.cat([model(x, full).argmax(dim=1) for x in images.split(128)]) != labels

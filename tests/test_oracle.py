@@ -371,12 +371,17 @@ def test_mistakes_are_refused(tiny, images, wrong, error, message):
         optimize_positions(**{**arguments, **wrong})
 
 
+def held_out_canvases(model, count):
+    digits, targets = load_digits('held_out')
+    canvases = draw_canvases(digits[:count], torch.Generator().manual_seed(0))
+    mean, std = (model.pretrained_cfg[key][0] for key in ('mean', 'std'))
+    return ((canvases.float() / 255 - mean) / std)[:, None].repeat(1, 3, 1, 1), targets[:count]
+
+
 def test_gradient_on_the_patch_grid_has_the_sign_of_the_difference():
     """Every sample lies on a kink of the interpolation there; see benchmarks/oracle_gradient.py."""
     model = timm.create_model('spot_vit_pico_patch8_64', pretrained=True).eval()
-    digits, targets = load_digits('held_out')
-    canvases = draw_canvases(digits[:8], torch.Generator().manual_seed(0))
-    images, targets = (canvases.float() / 127.5 - 1)[:, None].repeat(1, 3, 1, 1), targets[:8]
+    images, targets = held_out_canvases(model, 8)
     positions = sample_positions('grid', 9, (64, 64), 8, window=8).requires_grad_()
     F.cross_entropy(model(images, positions), targets, reduction='sum').backward()
     agree = []
@@ -393,9 +398,7 @@ def test_gradient_on_the_patch_grid_has_the_sign_of_the_difference():
 
 def test_search_halves_the_errors_of_the_digits_model():
     model = timm.create_model('spot_vit_pico_patch8_64', pretrained=True).eval()
-    digits, targets = load_digits('held_out')
-    canvases = draw_canvases(digits[:64], torch.Generator().manual_seed(1))
-    images, targets = (canvases.float() / 127.5 - 1)[:, None].repeat(1, 3, 1, 1), targets[:64]
+    images, targets = held_out_canvases(model, 64)
     result = optimize_positions(model, images, targets, n_tokens=9, steps=20, lr=1e-2)
     errors_before, errors_after = (~result.correct_before).sum(), (~result.correct_after).sum()
     assert errors_before >= 6 and errors_after <= errors_before / 2
