@@ -3,6 +3,11 @@
     import timm, timm_spot
     model = timm.create_model('spot_vit_base_patch16_mae', n_tokens=25, sampler='center')
 """
+from __future__ import annotations
+
+import importlib
+from typing import Any, List
+
 from . import models as models
 from .ops import list_samplers as list_samplers
 from .ops import register_sampler as register_sampler
@@ -10,3 +15,19 @@ from .ops import sample_positions as sample_positions
 from .ops import sample_windows as sample_windows
 
 __version__ = '0.1.0'
+
+# Tasks load on first use: importing this package costs no more than importing timm.
+_TASKS = {
+    'OracleResult': 'oracle',
+    'optimize_positions': 'oracle',
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _TASKS:
+        return getattr(importlib.import_module(f'.tasks.{_TASKS[name]}', __name__), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> List[str]:
+    return sorted([*globals(), *_TASKS])
