@@ -99,19 +99,11 @@ def _from_vit(state_dict: StateDict, model: nn.Module) -> StateDict:
     if weight.ndim == 4 and tuple(weight.shape[-2:]) != (window, window):
         out['patch_embed.proj.weight'] = resample_patch_embed(weight, [window, window])
     table = out.pop('pos_embed', None)
-    n_sigma = torch.ones(())
-    out['patch_embed.n_sigma'] = n_sigma
     if table is None:
+        out['patch_embed.n_sigma'] = torch.ones(())
         out['patch_embed.pos_proj.weight'] = torch.zeros_like(embed.pos_proj.weight, device='cpu')
     else:
-        prefix, table = _split_table(table, out, model, grid_weight)
-        for name in ('cls_token', 'reg_token'):
-            if prefix.shape[1] and name in out:
-                rows = out[name].shape[1]
-                out[name] = out[name] + prefix[:, :rows]
-                prefix = prefix[:, rows:]
-        sigma = patch_sigma(n_sigma, embed.pos_nodes)
-        out['patch_embed.pos_proj.weight'] = fit_position_weights(table, embed.pos_nodes, sigma)
+        fold_table(out, *_split_table(table, out, model, grid_weight), pos_nodes=embed.pos_nodes)
 
     target = model.state_dict()
     for key in target:
@@ -125,6 +117,26 @@ def _from_vit(state_dict: StateDict, model: nn.Module) -> StateDict:
     return out
 
 
+def fold_table(state_dict: StateDict, prefix: torch.Tensor, table: torch.Tensor, pos_nodes: int) -> None:
+    """Fold a ViT's position table into its state dict, as position weights and into the prefix tokens.
+
+    Args:
+        state_dict: Of the ViT, without `pos_embed`; changed in place.
+        prefix: Rows of the table for class token and registers, (1, prefix, D); none with `no_embed_class`.
+        table: Rows for the patches, (h, w, D).
+        pos_nodes: Nodes per axis of the position feature.
+    """
+    for name in ('cls_token', 'reg_token'):
+        if prefix.shape[1] and name in state_dict:
+            rows = state_dict[name].shape[1]
+            state_dict[name] = state_dict[name] + prefix[:, :rows]
+            prefix = prefix[:, rows:]
+    n_sigma = torch.ones(())
+    state_dict['patch_embed.n_sigma'] = n_sigma
+    state_dict['patch_embed.pos_proj.weight'] = fit_position_weights(
+        table.cpu(), pos_nodes, patch_sigma(n_sigma, pos_nodes))
+
+
 def _split_table(
         table: torch.Tensor,
         state_dict: StateDict,
@@ -135,8 +147,8 @@ def _split_table(
     length = table.shape[1]
     prefix_tokens = sum(state_dict[k].shape[1] for k in ('cls_token', 'reg_token') if k in state_dict)
     tried: List[int] = []
-    # With no_embed_class the table has no prefix rows.
-    for prefix in (prefix_tokens, 0):
+    # With no_embed_class the table has no prefix rows; what the model says of itself comes first.
+    for prefix in sorted({prefix_tokens, 0}, reverse=not model.no_embed_class):
         patches = length - prefix
         side = math.isqrt(patches)
         grids = [get_pretrained_grid_size(model, patch_weight, patches), model.patch_embed.grid_size, (side, side)]
