@@ -19,12 +19,20 @@ StateDict = Dict[str, torch.Tensor]
 # The authors' names on the left, timm's on the right.
 _AUTHORS_NAMES = (
     (r'^embedder\.cls_token$', 'cls_token'),
+    (r'^embedder\.emb\.bias$', 'patch_embed.proj.bias'),
     (r'^blocks\.(\d+)\.att\.(qkv|proj)\.', r'blocks.\1.attn.\2.'),
     (r'^blocks\.(\d+)\.mlp\.L1\.', r'blocks.\1.mlp.fc1.'),
     (r'^blocks\.(\d+)\.mlp\.L2\.', r'blocks.\1.mlp.fc2.'),
     (r'^blocks\.(\d+)\.(ls1|ls2)\.lambda_$', r'blocks.\1.\2.gamma'),
 )
-_AUTHORS_HANDLED = ('embedder.emb.weight', 'embedder.emb.bias', 'tokenizer._n_sigma', 'tokenizer.logprior')
+_AUTHORS_HANDLED = ('embedder.emb.weight', 'tokenizer._n_sigma', 'tokenizer.logprior')
+
+# Tensors of a source that become part of others.
+FOLDED = {
+    'embedder.emb.weight': ('patch_embed.proj.weight', 'patch_embed.pos_proj.weight'),
+    'tokenizer._n_sigma': ('patch_embed.n_sigma',),
+    'pos_embed': ('patch_embed.pos_proj.weight', 'cls_token', 'reg_token'),
+}
 
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
@@ -49,6 +57,15 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
         f"Its first keys are {', '.join(map(repr, list(state_dict)[:5])) or 'none at all'}.")
 
 
+def rename_authors_key(key: str) -> str:
+    """timm's name for one of the authors'; any other stays."""
+    for pattern, name in _AUTHORS_NAMES:
+        key, found = re.subn(pattern, name, key)
+        if found:
+            break
+    return key
+
+
 def _from_authors(state_dict: StateDict, model: nn.Module) -> StateDict:
     embed = model.patch_embed
     weight = state_dict['embedder.emb.weight']
@@ -68,19 +85,14 @@ def _from_authors(state_dict: StateDict, model: nn.Module) -> StateDict:
     for key, value in state_dict.items():
         if key in _AUTHORS_HANDLED:
             continue
-        for pattern, name in _AUTHORS_NAMES:
-            key, found = re.subn(pattern, name, key)
-            if found:
-                break
-        else:
-            if not re.match(r'^(blocks\.\d+\.(norm1|norm2)|norm|fc_norm|head)\.', key):
-                unknown.append(key)
-        out[key] = value
+        name = rename_authors_key(key)
+        if name == key and not re.match(r'^(blocks\.\d+\.(norm1|norm2)|norm|fc_norm|head)\.', key):
+            unknown.append(key)
+        out[name] = value
     if unknown:
         raise ValueError(f"this looks like the authors' checkpoint but has unknown keys: {', '.join(unknown[:5])}.")
     pixels = 3 * window ** 2
     out['patch_embed.proj.weight'] = weight[:, :pixels].reshape(-1, 3, window, window)
-    out['patch_embed.proj.bias'] = state_dict['embedder.emb.bias']
     out['patch_embed.pos_proj.weight'] = weight[:, pixels:]
     out['patch_embed.n_sigma'] = nn.functional.softplus(state_dict['tokenizer._n_sigma'].float()).reshape(())
     return out

@@ -71,7 +71,7 @@ def retrofit(vit: Union[str, VisionTransformer], **model_keywords: Any) -> Subpi
     else:
         check_patch_grid(vit)
         vit = copy.deepcopy(vit)
-    return _adopt(vit, fold=True, **placement)
+    return retrofit_in_place(vit, fold=True, **placement)
 
 
 def check_patch_grid(vit: nn.Module) -> None:
@@ -106,8 +106,8 @@ def _unsuitable(vit: nn.Module) -> Optional[str]:
     return None
 
 
-def _adopt(vit: VisionTransformer, fold: bool, **placement: Any) -> SubpixelVisionTransformer:
-    """Make `vit` itself a subpixel ViT.
+def retrofit_in_place(vit: VisionTransformer, fold: bool, **placement: Any) -> SubpixelVisionTransformer:
+    """`retrofit` of an instance without copying it: `vit` itself becomes the subpixel ViT.
 
     Args:
         vit: The source; changed in place.
@@ -205,4 +205,4 @@ _SOURCE_FIELDS = ('model_name', 'pretrained_cfg', 'pretrained_model_args', 'cach
 def _build(source: Dict[str, Any], pretrained: bool, **kwargs: Any) -> SubpixelVisionTransformer:
     placement = {k: kwargs.pop(k) for k in _PLACEMENT_FIELDS if k in kwargs}
     fields = {name: source[name] for name in _SOURCE_FIELDS if name in source}
-    return _adopt(timm.create_model(pretrained=pretrained, **fields, **kwargs), fold=pretrained, **placement)
+    return retrofit_in_place(timm.create_model(pretrained=pretrained, **fields, **kwargs), fold=pretrained, **placement)
