@@ -163,7 +163,8 @@ def convert(
 
     Args:
         source: The authors' `.pth`; a timm checkpoint of a subpixel ViT or of any ViT that `retrofit` takes (`.pth`,
-            `.pth.tar`, `.safetensors`); or 'ORG/NAME' on the Hub, with or without 'hf-hub:' before it.
+            `.pth.tar`, `.safetensors`); 'ORG/NAME' on the Hub, with or without 'hf-hub:' before it; or a folder that
+            timm saved.
         dest: Folder to make; must not exist or be empty.
         model: timm name of what the weights belong to, where the source does not say: a subpixel ViT's, or that of
             the ViT to retrofit.
@@ -184,13 +185,12 @@ def convert(
     if not dest.absolute().parent.is_dir():
         raise FileNotFoundError(f'{dest.absolute().parent}, in which {dest.name} is to be made, is no folder.')
 
-    if _is_hub_id(source):
-        hub_id = f"hf-hub:{str(source).removeprefix('hf-hub:')}"
+    origin = _timm_name(source)
+    if origin:
         checkpoint = Checkpoint({}, '', {}, ())
-        built = timm.create_model(hub_id, pretrained=True)
+        built = timm.create_model(origin, pretrained=True)
         # Prefix tokens are changed in place below.
         tensors = {k: v.clone() if k in ('cls_token', 'reg_token') else v for k, v in built.state_dict().items()}
-        origin = hub_id
     else:
         checkpoint = read_checkpoint(source)
         tensors = checkpoint.tensors
@@ -231,11 +231,16 @@ def convert(
     return conversion
 
 
-def _is_hub_id(source: Union[str, Path]) -> bool:
-    if str(source).startswith('hf-hub:'):
-        return True
+def _timm_name(source: Union[str, Path]) -> Optional[str]:
+    """The source as `timm.create_model` names it, if it is a model folder or a repository; None for a file."""
+    if str(source).startswith(('hf-hub:', 'local-dir:')):
+        return str(source)
     path = Path(source)
-    return not path.exists() and str(source).count('/') == 1 and path.suffix not in _SUFFIXES
+    if path.is_dir():
+        return f'local-dir:{path}'
+    if not path.exists() and str(source).count('/') == 1 and path.suffix not in _SUFFIXES:
+        return f'hf-hub:{source}'
+    return None
 
 
 def _is_authors(tensors: StateDict) -> bool:
