@@ -115,8 +115,8 @@ def main(out: Path, names: str) -> None:
     lines = [
         '# What `retrofit` takes\n',
         f'Made by `python recipes/retrofit_table.py --out {out}` with timm {timm.__version__}: {len(candidates)} '
-        f'names tried, {sum(map(len, refused.values()))} refused, {failures} rows failed. What the columns mean is said '
-        'in that script; a row passes with a parity of at most 2e-4 and an error off the grid of at most 4 %.\n',
+        f'names tried, {sum(map(len, refused.values()))} refused, {failures} rows failed. What the columns mean is '
+        'said in that script; a row passes with a parity of at most 2e-4 and an error off the grid of at most 4 %.\n',
         '| name | built | image | parity | off the grid | result |\n|---|---|---|---|---|---|',
         *passed,
         '\n## Refused\n',

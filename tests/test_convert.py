@@ -83,7 +83,7 @@ def test_authors_checkpoint_names_itself_where_only_one_model_fits():
     tensors = {'embedder.emb.weight': torch.empty(768, 1024, device='meta'), 'blocks.11.norm1.weight': torch.ones(1)}
     pooled = dict(tensors, **{'fc_norm.weight': torch.ones(1)})
     assert convert_module._recognise(pooled, 'x.pth') == 'spot_vit_base_patch16_mae.spot_in1k'
-    with pytest.raises(ValueError, match='spot_vit_base_patch16_in21k.spot_in21k_ft_in1k'):
+    with pytest.raises(ValueError, match=r'spot_vit_base_patch16_in21k\.spot_in21k_ft_in1k'):
         convert_module._recognise(tensors, 'x.pth')
 
 
@@ -91,9 +91,9 @@ def test_authors_checkpoint_names_itself_where_only_one_model_fits():
 def test_checkpoint_of_a_vit(tmp_path, vit, suffix):
     file = tmp_path / f'weights.{suffix}'
     torch.save(vit.state_dict(), file) if suffix == 'pth.tar' else save_file(vit.state_dict(), file)
-    with pytest.raises(ValueError, match='does not say whose weights it holds: .*--model'):
+    with pytest.raises(ValueError, match=r'does not say whose weights it holds: .*--model'):
         convert(file, tmp_path / 'out')
-    with pytest.raises(ValueError, match='are not those of vit_tiny_patch16_224'):  # 12 blocks of 224 px, here 1 of 64
+    with pytest.raises(ValueError, match=r'are not those of vit_tiny_patch16_224'):  # 12 blocks of 224 px, here 1 of 64
         convert(file, tmp_path / 'out', model='vit_tiny_patch16_224')
     assert not (tmp_path / 'out').exists()
 
@@ -173,7 +173,7 @@ def test_damaged_safetensors_are_refused(tmp_path):
             whole.replace(b'[10]', b'[99]'),  # a shape that its bytes do not fill
             whole.replace(b'F32', b'F99')):
         file.write_bytes(damaged)
-        with pytest.raises(ValueError, match='x.safetensors is no intact safetensors file'):
+        with pytest.raises(ValueError, match=r'x.safetensors is no intact safetensors file'):
             read_checkpoint(file)
 
 
@@ -182,7 +182,7 @@ def test_damaged_checkpoints_are_refused(tmp_path):
     whole = (tmp_path / 'x.pth').read_bytes()
     for damaged in (b'', whole[:len(whole) // 2], b'no checkpoint'):
         (tmp_path / 'x.pth').write_bytes(damaged)
-        with pytest.raises(ValueError, match='x.pth'):
+        with pytest.raises(ValueError, match=r'x.pth'):
             read_checkpoint(tmp_path / 'x.pth')
 
 
@@ -257,7 +257,7 @@ def test_a_model_that_loads_back_otherwise_is_not_kept(tmp_path, pico, monkeypat
         save_file(weights, folder / 'model.safetensors')
 
     monkeypatch.setattr(convert_module, 'save_folder', save_another)
-    with pytest.raises(RuntimeError, match='gives other logits .* Nothing was kept'):
+    with pytest.raises(RuntimeError, match=r'gives other logits .* Nothing was kept'):
         convert(file, tmp_path / 'out', model='spot_vit_pico_patch8_64')
     assert [p.name for p in tmp_path.iterdir()] == ['pico.safetensors']
 

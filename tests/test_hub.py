@@ -187,7 +187,7 @@ def test_wrong_checksum_is_an_error_and_the_file_is_thrown_away(client, server, 
     assert reply['error'] == 'OSError' and f'model.safetensors of {repo} arrived damaged' in reply['message']
     server.damaged.clear()
     reply = client(
-        "model = timm.create_model('hf-hub:' + REPO, pretrained=True)\nresult = model.cls_token.sum().item()", REPO=repo)
+        "result = timm.create_model('hf-hub:' + REPO, pretrained=True).cls_token.sum().item()", REPO=repo)
     assert reply['result'] == pytest.approx(weights['cls_token'].sum().item())
 
 
@@ -266,7 +266,7 @@ def test_only_whole_model_folders_are_pushed(folder, tmp_path):
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / 'pytorch_model.bin').write_bytes(b'')
-    assert check_folder(tmp_path) == ['pytorch_model.bin']
+    assert check_folder(tmp_path, 'lab/name') == ['pytorch_model.bin']
     (tmp_path / 'config.json').write_text('{"architecture": "resnet0"}')
     with pytest.raises(ValueError, match="architecture 'resnet0', which timm does not know"):
         push_folder(tmp_path, 'lab/name')
@@ -275,9 +275,15 @@ def test_only_whole_model_folders_are_pushed(folder, tmp_path):
         push_folder(tmp_path, 'lab/name')
 
 
+def test_repository_needs_an_organisation(folder):
+    for name in ('name', 'a/b/c', 'lab/na me', 'lab/'):
+        with pytest.raises(ValueError, match='repo'):
+            push_folder(folder, name)
+
+
 def test_only_subpixel_models_of_timm_are_pushed():
     with pytest.raises(TypeError, match='got Linear'):
         timm_spot.push_to_hub(torch.nn.Linear(1, 1), 'lab/name')
     model = timm_spot.models.SubpixelVisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2)
-    with pytest.raises(ValueError, match='not built by timm.create_model'):
+    with pytest.raises(ValueError, match=r'not built by timm.create_model'):
         timm_spot.push_to_hub(model, 'lab/name')

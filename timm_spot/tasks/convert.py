@@ -86,7 +86,7 @@ def read_checkpoint(path: Union[str, Path]) -> Checkpoint:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, holds anything but tensors where weights belong, or weights that are not finite.
+        ValueError: The file is damaged, or its weights are no tensors or not finite.
     """
     path = Path(path)
     if not path.is_file():

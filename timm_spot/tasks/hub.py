@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Dict, List, Optional, Union
 
 import safetensors
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.utils import validate_repo_id
 from timm.models import is_model, parse_model_name, save_for_hf
 from timm.models._factory import resolve_model_input_args
 from timm.models._input import get_model_args, update_model_args
@@ -38,8 +40,9 @@ _DATA = {
 }
 
 _CITATION = """```bibtex
-@article{spot2025,
+@article{hjelkremtan2025spot,
   title={{SPoT}: Subpixel Placement of Tokens in Vision Transformers},
+  author={Hjelkrem-Tan, Martine and Aasan, Marius and Arteaga, Gabriel Y. and Ram{\\'i}rez Rivera, Ad{\\'i}n},
   journal={arXiv preprint arXiv:2507.01654},
   year={2025}
 }
@@ -89,7 +92,7 @@ def model_card(model: SubpixelVisionTransformer, source: str, data: Optional[str
     backbone = get_model_args(model).get('backbone')
     parameters = sum(p.numel() for p in model.parameters())
     tag = cfg.get('tag') or ''
-    data = data or ', '.join(text for part, text in _DATA.items() if part in tag.split('_')) or 'not recorded'
+    data = data or ', then '.join(_DATA[part] for part in tag.split('_') if part in _DATA) or 'not recorded'
     licence = cfg.get('license')
     budget = f'{embed.n_tokens} tokens' if embed.n_tokens else 'as many tokens as the image has whole patches'
     task = 'image-classification' if model.num_classes else 'image-feature-extraction'
@@ -204,17 +207,21 @@ def push_to_hub(
         return push_folder(Path(folder), repo_id, private, revision)
 
 
-def check_folder(folder: Union[str, Path]) -> List[str]:
-    """Check that a folder holds a model that can be published.
+def check_folder(folder: Union[str, Path], repo_id: str) -> List[str]:
+    """Check that a folder holds a model that can be published under a name.
 
     Returns:
         Names of the files in it that are not part of the model, and stay behind.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: The weights are no safetensors file, or the config names no registered model.
+        ValueError: The weights are no safetensors file, the config names no registered model, or `repo_id` is not
+            'ORG/NAME'.
     """
     folder = Path(folder)
+    if repo_id.count('/') != 1:
+        raise ValueError(f"repo_id={repo_id!r} must be 'ORG/NAME'.")
+    validate_repo_id(repo_id)
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: 'timm-spot convert' writes such a folder.")
@@ -249,12 +256,10 @@ def push_folder(
     Raises:
         FileNotFoundError, ValueError: The folder holds no such model, see `check_folder`.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
     from .. import __version__
 
     folder = Path(folder)
-    check_folder(folder)
+    check_folder(folder, repo_id)
     card = folder.joinpath('README.md').read_text(encoding='utf-8').replace(REPO_PLACEHOLDER, repo_id)
     if (folder / RESULTS).is_file():
         card = add_results(card, (folder / RESULTS).read_text(encoding='utf-8'))
