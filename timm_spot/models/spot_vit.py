@@ -347,10 +347,10 @@ def _create_spot_vit(
 ) -> SubpixelVisionTransformer:
     overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
     cfg = _resolve_cfg(variant, kwargs.pop('pretrained_cfg', None), overlay)
-    org = os.environ.get('TIMM_SPOT_HUB_ORG')
-    if org and cfg.convention == 'spot' and not (cfg.has_weights or cfg.state_dict):
-        cfg = dataclasses.replace(cfg, hf_hub_id=f'{org}/{variant}.{cfg.tag}')
     if pretrained:
+        org = os.environ.get('TIMM_SPOT_HUB_ORG')
+        if org and cfg.tag and cfg.convention == 'spot' and not (cfg.has_weights or cfg.state_dict):
+            cfg = dataclasses.replace(cfg, hf_hub_id=f'{org}/{variant}.{cfg.tag}')
         if not (cfg.has_weights or cfg.state_dict):
             raise RuntimeError(_no_weights_message(variant, cfg))
         if cfg.file and not Path(cfg.file).exists():
