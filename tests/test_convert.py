@@ -67,7 +67,7 @@ def test_authors_checkpoint(golden, tmp_path):
         'tokenizer._n_sigma': ['patch_embed.n_sigma']}
     assert done.dropped == ['tokenizer.logprior'] and done.added == []
     assert done.renamed['blocks.1.att.qkv.weight'] == 'blocks.1.attn.qkv.weight'
-    assert done.mapped == len(golden['authors']) - 3
+    assert done.mapped == len(golden['authors']) - 2  # all but the two that were folded
     assert done.difference == 0
 
     model = load(tmp_path / 'out')
