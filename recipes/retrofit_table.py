@@ -64,8 +64,10 @@ def off_grid(vit: VisionTransformer) -> float:
     table = F.interpolate(field, size=grid, mode='bicubic', align_corners=False)
     vit.pos_embed[:, prefix:] = table.flatten(2).transpose(1, 2)
     positions = torch.rand(1, 2000, 2)
-    expected = F.grid_sample(
-        table, 2 * positions.flip(-1)[:, None] - 1, mode='bicubic', padding_mode='border', align_corners=False)
+    patch, size = vit.patch_embed.patch_size, vit.patch_embed.img_size
+    covered = torch.tensor([n * p / s for n, p, s in zip(grid, patch, size)])  # by whole patches
+    points = 2 * (positions / covered).flip(-1)[:, None] - 1
+    expected = F.grid_sample(table, points, mode='bicubic', padding_mode='border', align_corners=False)
     expected = expected[0, :, 0].T
     embed = timm_spot.retrofit(vit).patch_embed
     actual = embed.pos_proj(embed.position_feature(positions, *vit.patch_embed.img_size))[0]

@@ -109,7 +109,8 @@ def test_convert_then_dry_run_of_push(tmp_path, pico):
     out = str(tmp_path / 'out')
     result = run('convert', str(tmp_path / 'pico.safetensors'), out, '--model', 'spot_vit_pico_patch8_64')
     assert result.exit_code == 0, result.output
-    assert f'mapped        {len(pico.state_dict())} tensors' in result.output and 'verified      loaded back' in result.output
+    assert f'mapped        {len(pico.state_dict())} tensors' in result.output
+    assert 'verified      loaded back' in result.output
     assert f"'local-dir:{out}'" in result.output
 
     (tmp_path / 'out' / 'notes.txt').write_text('mine')

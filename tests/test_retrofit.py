@@ -102,6 +102,13 @@ def test_a_grid_that_could_be_another_is_read_as_it_is():
     assert difference(timm_spot.retrofit(vit, sampler='grid'), vit) < 2e-4
 
 
+@pytest.mark.parametrize('size', [100, (79, 64), (70, 111)])
+def test_an_image_that_is_no_multiple_of_the_patch_loses_its_last_pixels_as_in_the_source(size):
+    # As vit_so400m_patch14_siglip_384 has it: 27 patches of 14 px in 384 px.
+    vit = source('vit_tiny_patch16_224', depth=1, img_size=size)
+    assert difference(timm_spot.retrofit(vit, sampler='grid'), vit) < 2e-4
+
+
 def test_nodes_follow_the_table():
     nodes = {size: timm_spot.retrofit(source('vit_tiny_patch16_224', depth=1, img_size=size)).patch_embed.pos_nodes
              for size in (64, 256, (64, 272))}

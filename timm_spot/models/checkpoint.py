@@ -129,7 +129,13 @@ def _from_vit(state_dict: StateDict, model: nn.Module) -> StateDict:
     return out
 
 
-def fold_table(state_dict: StateDict, prefix: torch.Tensor, table: torch.Tensor, pos_nodes: int) -> None:
+def fold_table(
+        state_dict: StateDict,
+        prefix: torch.Tensor,
+        table: torch.Tensor,
+        pos_nodes: int,
+        extent: Tuple[float, float] = (1., 1.),
+) -> None:
     """Fold a ViT's position table into its state dict, as position weights and into the prefix tokens.
 
     Args:
@@ -137,6 +143,7 @@ def fold_table(state_dict: StateDict, prefix: torch.Tensor, table: torch.Tensor,
         prefix: Rows of the table for class token and registers, (1, prefix, D); none with `no_embed_class`.
         table: Rows for the patches, (h, w, D).
         pos_nodes: Nodes per axis of the position feature.
+        extent: Part of the image's height and width that the table covers.
     """
     for name in ('cls_token', 'reg_token'):
         if prefix.shape[1] and name in state_dict:
@@ -146,7 +153,7 @@ def fold_table(state_dict: StateDict, prefix: torch.Tensor, table: torch.Tensor,
     n_sigma = torch.ones(())
     state_dict['patch_embed.n_sigma'] = n_sigma
     state_dict['patch_embed.pos_proj.weight'] = fit_position_weights(
-        table.cpu(), pos_nodes, patch_sigma(n_sigma, pos_nodes))
+        table.cpu(), pos_nodes, patch_sigma(n_sigma, pos_nodes), extent)
 
 
 def _split_table(

@@ -147,7 +147,8 @@ def retrofit_in_place(vit: VisionTransformer, fold: bool, **placement: Any) -> S
     elif fold and not table.is_meta:
         prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
         patches = table[0, prefix:].reshape(*source.grid_size, -1)
-        fold_table(state_dict, table[:, :prefix], patches, embed.pos_nodes)
+        extent = [n * embed.window / size for n, size in zip(source.grid_size, source.img_size)]
+        fold_table(state_dict, table[:, :prefix], patches, embed.pos_nodes, (extent[0], extent[1]))
         vit.load_state_dict(state_dict)
 
     vit._traits = dict(getattr(vit, '_traits', {}), fixed_input_size=False)

@@ -10,6 +10,7 @@ linspace(0, 1, m):
 from __future__ import annotations
 
 import math
+from typing import Tuple
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,12 @@ def _flush(x: torch.Tensor) -> torch.Tensor:
     return F.threshold(x, 1e-18, 0.)
 
 
-def fit_position_weights(table: torch.Tensor, nodes: int, sigma: torch.Tensor) -> torch.Tensor:
+def fit_position_weights(
+        table: torch.Tensor,
+        nodes: int,
+        sigma: torch.Tensor,
+        extent: Tuple[float, float] = (1., 1.),
+) -> torch.Tensor:
     """Weights of the (unscaled) position feature that reproduce a ViT's position table, in closed form.
 
     Least squares in float64: phi at the table's own patch centres, weighted by 1000, then at 8192 quasi-random
@@ -60,6 +66,8 @@ def fit_position_weights(table: torch.Tensor, nodes: int, sigma: torch.Tensor) -
         table: (h, w, D), one row for each patch of the ViT's grid.
         nodes: Nodes m per axis, at least max(h, w).
         sigma: Width of a bump, scalar tensor.
+        extent: Part of the image's height and width that the table covers; a ViT drops the last pixels of an image
+            whose size is no multiple of its patch.
 
     Returns:
         W_pos of shape (D, m * m), in the dtype of `table`.
@@ -75,10 +83,12 @@ def fit_position_weights(table: torch.Tensor, nodes: int, sigma: torch.Tensor) -
     target = table.double()
     centres = torch.cartesian_prod(
         (torch.arange(h, dtype=torch.float64) + 0.5) / h, (torch.arange(w, dtype=torch.float64) + 0.5) / w)
+    covered = torch.tensor(extent, dtype=torch.float64)
+    centres = centres * covered
     log2 = max(13, math.ceil(math.log2(2 * nodes ** 2)))
     between = torch.from_numpy(qmc.Sobol(d=2, rng=0).random_base2(log2))
     between_target = F.grid_sample(
-        target.permute(2, 0, 1)[None], 2 * between.flip(-1)[None, None] - 1,
+        target.permute(2, 0, 1)[None], 2 * (between / covered).flip(-1)[None, None] - 1,
         mode='bicubic', padding_mode='border', align_corners=False)[0, :, 0].T
 
     def basis(positions: torch.Tensor) -> torch.Tensor:
