@@ -10,7 +10,7 @@ import typing as _typing
 import timm as _timm
 from torch import nn as _nn
 
-import timm_spot as _timm_spot
+import timm_spot as _  # noqa: F401  registers the models
 
 dependencies = ['torch', 'timm', 'scipy']
 
@@ -21,7 +21,7 @@ def _entrypoint(name: str) -> _typing.Callable[..., _nn.Module]:
 
     create.__name__ = name
     create.__doc__ = (
-        f'{getattr(_timm_spot.models.spot_vit, name).__doc__}\n\n'
+        f'{_timm.model_entrypoint(name).__doc__}\n\n'
         'Takes the keywords of timm.create_model: n_tokens=, sampler=, convention=, seed=, num_classes=, '
         "pretrained_cfg='TAG', ...")
     return create

@@ -1,6 +1,6 @@
 """Run timm's own, unmodified tests/test_models.py on our names.
 
-    python tests/run_timm_tests.py [NAME_PATTERN]        by default spot_vit_tiny* and spot_vit_pico*
+    python tests/run_timm_tests.py [NAME_PATTERN]        by default spot_vit_tiny*, spot_vit_pico*, spot_retrofit
 
 Downloads timm's source distribution of the installed version with pip, which holds the tests. This file is also the
 pytest plugin that makes timm's listing functions see our models only, and classify them as the ViTs they are.
@@ -28,7 +28,8 @@ def _select(names: Sequence[str], keep: Patterns, drop: Patterns) -> List[str]:
     """Names that match timm's patterns for `vit_*` by what follows `spot_`."""
     def matches(name: str, patterns: Patterns) -> bool:
         patterns = [patterns] if isinstance(patterns, str) else patterns
-        return any(fnmatch.fnmatch(name.removeprefix('spot_'), p) for p in patterns)
+        as_vit = name.replace('spot_retrofit', 'vit_retrofit').removeprefix('spot_')
+        return any(fnmatch.fnmatch(as_vit, p) for p in patterns)
 
     ours = [n for n in names if any(fnmatch.fnmatch(n, p) for p in os.environ['SPOT_NAMES'].split())]
     return [n for n in ours if (not keep or matches(n, keep)) and not (drop and matches(n, drop))]
@@ -56,7 +57,7 @@ if 'SPOT_NAMES' in os.environ:
 
 
 def main() -> int:
-    names = ' '.join(sys.argv[1:]) or 'spot_vit_tiny* spot_vit_pico*'
+    names = ' '.join(sys.argv[1:]) or 'spot_vit_tiny* spot_vit_pico* spot_retrofit'
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', 'timm', '--dest', folder,

@@ -8,6 +8,7 @@ import torch
 from click.testing import CliRunner
 from conftest import SMALL
 from PIL import Image
+from safetensors.torch import save_file
 
 from timm_spot.cli import main
 
@@ -102,3 +103,26 @@ def test_models_lists_every_tag():
     assert 'Hub: timm/vit_base_patch16_224.mae' in rows['spot_vit_base_patch16_mae', 'mae']
     assert "the authors' file" in rows['spot_vit_base_patch16_mae', 'spot_in1k']
     assert 'in the package' in rows['spot_vit_pico_patch8_64', 'digits']
+
+
+def test_convert_then_dry_run_of_push(tmp_path, pico):
+    save_file(pico.state_dict(), tmp_path / 'pico.safetensors')
+    out = str(tmp_path / 'out')
+    result = run('convert', str(tmp_path / 'pico.safetensors'), out, '--model', 'spot_vit_pico_patch8_64')
+    assert result.exit_code == 0, result.output
+    assert f'mapped        {len(pico.state_dict())} tensors' in result.output
+    assert 'verified      loaded back' in result.output
+    assert f"'local-dir:{out}'" in result.output
+
+    (tmp_path / 'out' / 'notes.txt').write_text('mine')
+    result = run('push', out, 'lab/pico', '--dry-run', '--private', '--revision', 'v1')
+    assert result.exit_code == 0, result.output
+    assert 'would send model.safetensors' in result.output and 'to lab/pico@v1 (private)' in result.output
+    assert 'notes.txt is no part of the model' in result.output
+
+
+def test_convert_and_push_report_mistakes_in_one_line(tmp_path):
+    result = run('convert', str(tmp_path / 'no.pth'), str(tmp_path / 'out'))
+    assert result.exit_code == 1 and 'no.pth is no file' in result.output and 'Traceback' not in result.output
+    result = run('push', str(tmp_path), 'lab/name', '--dry-run')
+    assert result.exit_code == 1 and 'lacks model.safetensors' in result.output

@@ -9,6 +9,7 @@ import importlib
 from typing import Any, List
 
 from . import models as models
+from .models.retrofit import retrofit as retrofit
 from .ops import list_samplers as list_samplers
 from .ops import register_sampler as register_sampler
 from .ops import sample_positions as sample_positions
@@ -20,6 +21,7 @@ __version__ = '0.1.0'
 _TASKS = {
     'OracleResult': 'oracle',
     'optimize_positions': 'oracle',
+    'push_to_hub': 'hub',
 }
 
 

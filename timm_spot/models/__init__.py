@@ -1,4 +1,5 @@
 """Subpixel ViTs as timm models; importing this package registers them."""
+from . import retrofit as retrofit
 from .checkpoint import checkpoint_filter_fn as checkpoint_filter_fn
 from .spot_vit import SpotPretrainedCfg as SpotPretrainedCfg
 from .spot_vit import SubpixelVisionTransformer as SubpixelVisionTransformer

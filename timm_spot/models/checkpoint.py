@@ -19,12 +19,20 @@ StateDict = Dict[str, torch.Tensor]
 # The authors' names on the left, timm's on the right.
 _AUTHORS_NAMES = (
     (r'^embedder\.cls_token$', 'cls_token'),
+    (r'^embedder\.emb\.bias$', 'patch_embed.proj.bias'),
     (r'^blocks\.(\d+)\.att\.(qkv|proj)\.', r'blocks.\1.attn.\2.'),
     (r'^blocks\.(\d+)\.mlp\.L1\.', r'blocks.\1.mlp.fc1.'),
     (r'^blocks\.(\d+)\.mlp\.L2\.', r'blocks.\1.mlp.fc2.'),
     (r'^blocks\.(\d+)\.(ls1|ls2)\.lambda_$', r'blocks.\1.\2.gamma'),
 )
-_AUTHORS_HANDLED = ('embedder.emb.weight', 'embedder.emb.bias', 'tokenizer._n_sigma', 'tokenizer.logprior')
+_AUTHORS_HANDLED = ('embedder.emb.weight', 'tokenizer._n_sigma', 'tokenizer.logprior')
+
+# Tensors of a source that become part of others.
+FOLDED = {
+    'embedder.emb.weight': ('patch_embed.proj.weight', 'patch_embed.pos_proj.weight'),
+    'tokenizer._n_sigma': ('patch_embed.n_sigma',),
+    'pos_embed': ('patch_embed.pos_proj.weight', 'cls_token', 'reg_token'),
+}
 
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
@@ -49,6 +57,15 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
         f"Its first keys are {', '.join(map(repr, list(state_dict)[:5])) or 'none at all'}.")
 
 
+def rename_authors_key(key: str) -> str:
+    """timm's name for one of the authors'; any other stays."""
+    for pattern, name in _AUTHORS_NAMES:
+        key, found = re.subn(pattern, name, key)
+        if found:
+            break
+    return key
+
+
 def _from_authors(state_dict: StateDict, model: nn.Module) -> StateDict:
     embed = model.patch_embed
     weight = state_dict['embedder.emb.weight']
@@ -68,19 +85,14 @@ def _from_authors(state_dict: StateDict, model: nn.Module) -> StateDict:
     for key, value in state_dict.items():
         if key in _AUTHORS_HANDLED:
             continue
-        for pattern, name in _AUTHORS_NAMES:
-            key, found = re.subn(pattern, name, key)
-            if found:
-                break
-        else:
-            if not re.match(r'^(blocks\.\d+\.(norm1|norm2)|norm|fc_norm|head)\.', key):
-                unknown.append(key)
-        out[key] = value
+        name = rename_authors_key(key)
+        if name == key and not re.match(r'^(blocks\.\d+\.(norm1|norm2)|norm|fc_norm|head)\.', key):
+            unknown.append(key)
+        out[name] = value
     if unknown:
         raise ValueError(f"this looks like the authors' checkpoint but has unknown keys: {', '.join(unknown[:5])}.")
     pixels = 3 * window ** 2
     out['patch_embed.proj.weight'] = weight[:, :pixels].reshape(-1, 3, window, window)
-    out['patch_embed.proj.bias'] = state_dict['embedder.emb.bias']
     out['patch_embed.pos_proj.weight'] = weight[:, pixels:]
     out['patch_embed.n_sigma'] = nn.functional.softplus(state_dict['tokenizer._n_sigma'].float()).reshape(())
     return out
@@ -99,19 +111,11 @@ def _from_vit(state_dict: StateDict, model: nn.Module) -> StateDict:
     if weight.ndim == 4 and tuple(weight.shape[-2:]) != (window, window):
         out['patch_embed.proj.weight'] = resample_patch_embed(weight, [window, window])
     table = out.pop('pos_embed', None)
-    n_sigma = torch.ones(())
-    out['patch_embed.n_sigma'] = n_sigma
     if table is None:
+        out['patch_embed.n_sigma'] = torch.ones(())
         out['patch_embed.pos_proj.weight'] = torch.zeros_like(embed.pos_proj.weight, device='cpu')
     else:
-        prefix, table = _split_table(table, out, model, grid_weight)
-        for name in ('cls_token', 'reg_token'):
-            if prefix.shape[1] and name in out:
-                rows = out[name].shape[1]
-                out[name] = out[name] + prefix[:, :rows]
-                prefix = prefix[:, rows:]
-        sigma = patch_sigma(n_sigma, embed.pos_nodes)
-        out['patch_embed.pos_proj.weight'] = fit_position_weights(table, embed.pos_nodes, sigma)
+        fold_table(out, *_split_table(table, out, model, grid_weight), pos_nodes=embed.pos_nodes)
 
     target = model.state_dict()
     for key in target:
@@ -125,6 +129,33 @@ def _from_vit(state_dict: StateDict, model: nn.Module) -> StateDict:
     return out
 
 
+def fold_table(
+        state_dict: StateDict,
+        prefix: torch.Tensor,
+        table: torch.Tensor,
+        pos_nodes: int,
+        extent: Tuple[float, float] = (1., 1.),
+) -> None:
+    """Fold a ViT's position table into its state dict, as position weights and into the prefix tokens.
+
+    Args:
+        state_dict: Of the ViT, without `pos_embed`; changed in place.
+        prefix: Rows of the table for class token and registers, (1, prefix, D); none with `no_embed_class`.
+        table: Rows for the patches, (h, w, D).
+        pos_nodes: Nodes per axis of the position feature.
+        extent: Part of the image's height and width that the table covers.
+    """
+    for name in ('cls_token', 'reg_token'):
+        if prefix.shape[1] and name in state_dict:
+            rows = state_dict[name].shape[1]
+            state_dict[name] = state_dict[name] + prefix[:, :rows]
+            prefix = prefix[:, rows:]
+    n_sigma = torch.ones(())
+    state_dict['patch_embed.n_sigma'] = n_sigma
+    state_dict['patch_embed.pos_proj.weight'] = fit_position_weights(
+        table.cpu(), pos_nodes, patch_sigma(n_sigma, pos_nodes), extent)
+
+
 def _split_table(
         table: torch.Tensor,
         state_dict: StateDict,
@@ -135,8 +166,8 @@ def _split_table(
     length = table.shape[1]
     prefix_tokens = sum(state_dict[k].shape[1] for k in ('cls_token', 'reg_token') if k in state_dict)
     tried: List[int] = []
-    # With no_embed_class the table has no prefix rows.
-    for prefix in (prefix_tokens, 0):
+    # With no_embed_class the table has no prefix rows; what the model says of itself comes first.
+    for prefix in sorted({prefix_tokens, 0}, reverse=not model.no_embed_class):
         patches = length - prefix
         side = math.isqrt(patches)
         grids = [get_pretrained_grid_size(model, patch_weight, patches), model.patch_embed.grid_size, (side, side)]

@@ -7,9 +7,10 @@ the embedding in `subpixel_embed.py`, the conversion of checkpoints in `checkpoi
 """
 # No postponed annotations in this file: scripting an FX graph of the model reads those of `forward` as types.
 import dataclasses
+import os
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
 from safetensors import SafetensorError
@@ -30,6 +31,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from ..ops.samplers import lattice_shape
 from .checkpoint import checkpoint_filter_fn
+from .download import check_download
 from .subpixel_embed import Saliency, SubpixelEmbed
 
 __all__ = ['SpotPretrainedCfg', 'SubpixelVisionTransformer']
@@ -337,13 +339,23 @@ def _resolve_cfg(
     return resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
 
 
-def _create_spot_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> SubpixelVisionTransformer:
+def _create_spot_vit(
+        variant: str,
+        pretrained: bool = False,
+        model_cls: Callable[..., SubpixelVisionTransformer] = SubpixelVisionTransformer,
+        **kwargs: Any,
+) -> SubpixelVisionTransformer:
     overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
     cfg = _resolve_cfg(variant, kwargs.pop('pretrained_cfg', None), overlay)
-    if pretrained and not (cfg.has_weights or cfg.state_dict):
-        raise RuntimeError(_no_weights_message(variant, cfg))
-    if pretrained and cfg.file and not Path(cfg.file).exists():
-        raise FileNotFoundError(f'{cfg.file} does not exist.')
+    if pretrained:
+        org = os.environ.get('TIMM_SPOT_HUB_ORG')
+        if org and cfg.tag and cfg.convention == 'spot' and not (cfg.has_weights or cfg.state_dict):
+            cfg = dataclasses.replace(cfg, hf_hub_id=f'{org}/{variant}.{cfg.tag}')
+        if not (cfg.has_weights or cfg.state_dict):
+            raise RuntimeError(_no_weights_message(variant, cfg))
+        if cfg.file and not Path(cfg.file).exists():
+            raise FileNotFoundError(f'{cfg.file} does not exist.')
+        check_download(cfg, kwargs.get('cache_dir'))
 
     # Lowest to highest: the config, the model arguments saved beside it, the overlay, keywords.
     saved = kwargs.get('pretrained_model_args') or {}
@@ -357,7 +369,7 @@ def _create_spot_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> S
     out_indices = kwargs.pop('out_indices', 3)
     try:
         model = build_model_with_cfg(
-            SubpixelVisionTransformer,
+            model_cls,
             variant,
             pretrained,
             # timm's loaders of saved configs know no fields but their own: the placement is saved as model arguments.
@@ -378,7 +390,8 @@ def _no_weights_message(variant: str, cfg: SpotPretrainedCfg) -> str:
         return (
             f'the weights of {name} are hosted by their authors only. Download the file from the links at '
             f'{PROJECT_PAGE} and load it as it is: timm.create_model({name!r}, pretrained=True, '
-            'pretrained_cfg_overlay=dict(file=PATH)).')
+            "pretrained_cfg_overlay=dict(file=PATH)). Or convert it once ('timm-spot convert'), push it to "
+            f"ORG/{name} on the Hugging Face Hub ('timm-spot push') and set TIMM_SPOT_HUB_ORG=ORG.")
     return f'{name} has no pretrained weights: use pretrained=False, or pretrained_cfg_overlay=dict(file=PATH).'
 
 
