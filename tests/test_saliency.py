@@ -20,7 +20,7 @@ from timm.data import create_transform
 import timm_spot
 from timm_spot.models.attention_saliency import attention_saliency
 from timm_spot.ops import spectral_residual
-from timm_spot.tasks.saliency_maps import load_saliency, saliency_source
+from timm_spot.tasks.saliency_maps import choose_prior, load_saliency, saliency_source
 
 PICO = 'spot_vit_pico_patch8_64'
 PRIORS = ('salient', 'salient_sobol', 'salient_inverse')
@@ -457,3 +457,30 @@ def test_sources_of_the_command_line(photos, tmp_path):
 
     with pytest.raises(FileNotFoundError, match="'spectral', 'attention:NAME', a folder"):
         saliency_source('spectrum', model, transform)
+
+
+def test_prior_of_the_command_line(photos):
+    transform = create_transform((3, 64, 64), crop_pct=1., crop_mode='squash', mean=(.5, .5, .5), std=(.5, .5, .5))
+    images = torch.rand(2, 3, 64, 64)
+
+    def place(sampler, saliency, keywords=None):
+        model = timm.create_model(PICO, num_classes=10, n_tokens=9, **(keywords or {})).eval()
+        choose_prior(model, sampler, saliency, transform)(images, photos)
+        return model.patch_embed.sampler, model.place(images)
+
+    own = dict(sampler='salient', saliency='spectral_residual')
+    spectral = timm.create_model(PICO, num_classes=10, n_tokens=9, **own).eval().place(images)
+    assert place(None, None)[0] == 'isotropic' and place('sobol', None)[0] == 'sobol'
+    for sampler, saliency, keywords in (
+            (None, 'spectral', {}), ('salient', None, {}), (None, None, own), ('salient', 'spectral', own)):
+        name, positions = place(sampler, saliency, keywords)
+        assert name == 'salient' and torch.equal(positions, spectral)
+
+    name, (first, second) = place('salient_sobol', str(photos[0].parent.parent / 'maps'))
+    assert name == 'salient_sobol'
+    assert ((first - torch.tensor([35 / 60, 65 / 80])).abs() < 0.15).all()
+    assert ((second - torch.tensor([25 / 60, 65 / 80])).abs() < 0.15).all()
+    with pytest.raises(ValueError, match="saliency='spectral' is of no use to sampler='sobol'"):
+        place('sobol', 'spectral')
+    with pytest.raises(ValueError, match="'sobel' is unknown"):
+        place('sobel', None)

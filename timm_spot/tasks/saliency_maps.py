@@ -4,7 +4,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from pathlib import Path
-from typing import Callable, Dict, List, Sequence, Tuple, Union
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import timm
@@ -15,6 +15,7 @@ from torch import nn
 
 from ..models.attention_saliency import attention_saliency
 from ..ops.saliency import normalize_saliency, spectral_residual
+from ..ops.samplers import get_sampler
 
 SaliencySource = Callable[[torch.Tensor, Sequence[Union[str, Path]]], torch.Tensor]
 _SUFFIXES = ('.npy', '.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
@@ -137,3 +138,36 @@ def saliency_source(source: str, model: nn.Module, transform: Callable[[Image.Im
     if not Path(source).is_dir():
         raise FileNotFoundError(f"saliency={source!r} is none of: 'spectral', 'attention:NAME', a folder of maps.")
     return lambda images, paths: load_saliency(source, paths, transform)
+
+
+def choose_prior(
+        model: nn.Module,
+        sampler: Optional[str],
+        saliency: Optional[str],
+        transform: Callable[[Image.Image], torch.Tensor],
+) -> Callable[[torch.Tensor, Sequence[Union[str, Path]]], None]:
+    """Give a model the prior that a command line asks for.
+
+    Args:
+        model: A subpixel ViT.
+        sampler: Its new sampler; by default its own, or 'salient' where `saliency` is given.
+        saliency: See `saliency_source`; for a salient sampler by default the model's own, or 'spectral'.
+        transform: The transform of the images.
+
+    Returns:
+        A function to call with each batch (images, files) before the model: it gives the model the batch's maps.
+
+    Raises:
+        ValueError: An unknown sampler, or a saliency that the sampler has no use for.
+    """
+    sampler = sampler or (model.patch_embed.sampler if saliency is None else 'salient')
+    if 'saliency' not in get_sampler(sampler).keywords:
+        if saliency is not None:
+            raise ValueError(f"saliency={saliency!r} is of no use to sampler={sampler!r}: 'salient' draws from it.")
+        model.set_placement(sampler=sampler)
+        return lambda images, paths: None
+    if saliency is None and model.patch_embed.saliency is not None:
+        model.set_placement(sampler=sampler)
+        return lambda images, paths: None
+    source = saliency_source(saliency or 'spectral', model, transform)
+    return lambda images, paths: model.set_placement(sampler=sampler, saliency=source(images, paths))
