@@ -3,10 +3,33 @@
     import timm, timm_spot
     model = timm.create_model('spot_vit_base_patch16_mae', n_tokens=25, sampler='center')
 """
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
 from . import models as models
+from .models.attention_saliency import attention_saliency as attention_saliency
 from .ops import list_samplers as list_samplers
 from .ops import register_sampler as register_sampler
 from .ops import sample_positions as sample_positions
 from .ops import sample_windows as sample_windows
+from .ops import spectral_residual as spectral_residual
 
 __version__ = '0.1.0'
+
+# Tasks load on first use: importing this package costs no more than importing timm.
+_TASKS = {
+    'animate': 'draw',
+    'draw_placement': 'draw',
+    'draw_priors': 'draw',
+    'draw_seen': 'draw',
+    'draw_trajectory': 'draw',
+    'load_saliency': 'saliency_maps',
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _TASKS:
+        return getattr(import_module(f'.tasks.{_TASKS[name]}', __name__), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
