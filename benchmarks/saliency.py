@@ -51,6 +51,7 @@ def measure_time(repeats: int) -> str:
 @torch.inference_mode()
 def measure_accuracy() -> str:
     model = timm.create_model('spot_vit_pico_patch8_64', pretrained=True).eval()
+    mean, std = model.pretrained_cfg['mean'][0], model.pretrained_cfg['std'][0]
     digits, labels = load_digits('held_out')
     generator = torch.Generator().manual_seed(1)
     canvases = [draw_canvases(digits, generator) for _ in range(CANVASES_PER_DIGIT)]
@@ -61,7 +62,7 @@ def measure_accuracy() -> str:
             generator = torch.Generator().manual_seed(0)
             correct = 0
             for batch in canvases:
-                images = (batch.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
+                images = ((batch.float() / 255 - mean) / std)[:, None].expand(-1, 3, -1, -1)
                 positions = timm_spot.sample_positions(
                     prior, n_tokens, (64, 64), len(images), saliency=spectral_residual(images), generator=generator)
                 correct += (model(images, positions).argmax(dim=1) == labels).sum().item()

@@ -44,9 +44,10 @@ def main() -> None:
 
     # The digit on which a search for a better placement of 9 tokens gains most.
     model = timm.create_model('spot_vit_pico_patch8_64', pretrained=True, n_tokens=9).eval()
+    mean, std = model.pretrained_cfg['mean'][0], model.pretrained_cfg['std'][0]
     digits, labels = load_digits('held_out')
     canvases = draw_canvases(digits[:64], torch.Generator().manual_seed(0))
-    inputs = (canvases.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
+    inputs = ((canvases.float() / 255 - mean) / std)[:, None].expand(-1, 3, -1, -1)
     result = timm_spot.optimize_positions(model, inputs, labels[:64], steps=40, lr=1e-2, bounds='clamp')
     index = (result.losses[:, 0] - result.losses[:, -1]).argmax().item()
     save(draw_trajectory(canvases[index, None], result, index)[0].figure, 'trajectory')

@@ -452,8 +452,9 @@ def test_sources_of_the_command_line(photos, tmp_path):
     vit = tiny_vit().eval()
     timm.models.save_for_hf(vit, tmp_path / 'vit', model_args=dict(img_size=64, embed_dim=32, depth=2, num_heads=2))
     attend = saliency_source(f"attention:local-dir:{tmp_path / 'vit'}", model, transform)
-    # Both normalise by mean and standard deviation 0.5.
-    torch.testing.assert_close(attend(images, photos), attention_saliency(vit, images), rtol=1e-3, atol=1e-7)
+    cfg = model.pretrained_cfg  # the ViT's mean and standard deviation are 0.5
+    expected = attention_saliency(vit, (images * cfg['std'][0] + cfg['mean'][0] - 0.5) / 0.5)
+    torch.testing.assert_close(attend(images, photos), expected, rtol=1e-3, atol=1e-7)
 
     with pytest.raises(FileNotFoundError, match="'spectral', 'attention:NAME', a folder"):
         saliency_source('spectrum', model, transform)
