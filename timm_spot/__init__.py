@@ -5,8 +5,8 @@
 """
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+import importlib
+from typing import Any, List
 
 from . import models as models
 from .models.attention_saliency import attention_saliency as attention_saliency
@@ -31,5 +31,9 @@ _TASKS = {
 
 def __getattr__(name: str) -> Any:
     if name in _TASKS:
-        return getattr(import_module(f'.tasks.{_TASKS[name]}', __name__), name)
+        return getattr(importlib.import_module(f'.tasks.{_TASKS[name]}', __name__), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> List[str]:
+    return sorted([*globals(), *_TASKS])

@@ -154,6 +154,26 @@ def _save_figure(figure: Figure, path: Path) -> None:
 
 
 @main.command()
+def models() -> None:
+    """List names, tags, parameters and where the weights come from."""
+    rows = [('model', 'tag', 'parameters', 'weights')]
+    for name in timm.list_models('spot_*'):
+        parameters = sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
+        for tagged in timm.list_models(f'{name}.*', include_tags=True):
+            cfg = timm.get_pretrained_cfg(tagged)
+            if cfg.hf_hub_id:
+                source = f'Hub: {cfg.hf_hub_id}'
+            elif cfg.file:
+                source = 'in the package'
+            else:
+                source = f"the authors' file, see {cfg.origin_url}"
+            rows.append((name, cfg.tag, f'{parameters / 1e6:.1f} M', source))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for row in rows:
+        click.echo('  '.join(cell.ljust(width) for cell, width in zip(row, widths)) + '  ' + row[3])
+
+
+@main.command()
 @click.argument('image', type=click.Path(path_type=Path))
 @click.option('--out', type=click.Path(path_type=Path), required=True, help='Picture to write.')
 @click.option('--kind', type=click.Choice(['placement', 'seen', 'priors']), default='placement', show_default=True)
@@ -193,26 +213,6 @@ def draw(
         function = dict(placement=draw_placement, seen=draw_seen)[kind]
         ax = function(picture, model.place(batch)[0], embed.window, convention=embed.convention)
         _save_figure(ax.figure, out)
-
-
-@main.command()
-def models() -> None:
-    """List names, tags, parameters and where the weights come from."""
-    rows = [('model', 'tag', 'parameters', 'weights')]
-    for name in timm.list_models('spot_*'):
-        parameters = sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
-        for tagged in timm.list_models(f'{name}.*', include_tags=True):
-            cfg = timm.get_pretrained_cfg(tagged)
-            if cfg.hf_hub_id:
-                source = f'Hub: {cfg.hf_hub_id}'
-            elif cfg.file:
-                source = 'in the package'
-            else:
-                source = f"the authors' file, see {cfg.origin_url}"
-            rows.append((name, cfg.tag, f'{parameters / 1e6:.1f} M', source))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    for row in rows:
-        click.echo('  '.join(cell.ljust(width) for cell, width in zip(row, widths)) + '  ' + row[3])
 
 
 if __name__ == '__main__':
