@@ -122,20 +122,29 @@ def test_predict_by_saliency(pictures, saved):
         assert result.exit_code == 1 and says in result.stderr and 'Traceback' not in result.output
 
 
-@pytest.mark.parametrize('kind', ['placement', 'seen', 'priors'])
+@pytest.mark.parametrize('kind', ['placement', 'seen', 'priors', 'trajectory'])
 def test_draw(pictures, saved, tmp_path, kind):
     result = run(
         'draw', pictures / 'a.png', '--out', tmp_path / 'out.png', '--kind', kind, '--model', saved, '--n-tokens', 9,
-        '--saliency', 'spectral')
+        '--saliency', 'spectral', '--steps', 2)
     assert result.exit_code == 0, result.output
     with Image.open(tmp_path / 'out.png') as drawn:
         assert drawn.format == 'PNG' and len(drawn.convert('RGB').getcolors(10 ** 6)) > 50
 
 
+def test_draw_film(pictures, saved, tmp_path):
+    film = tmp_path / 'out.gif'
+    result = run('draw', pictures / 'a.png', '--out', film, '--kind', 'film', '--model', saved, '--steps', 2)
+    assert result.exit_code == 0, result.output
+    with Image.open(film) as frames:
+        assert frames.n_frames == 3
+
+
 def test_draw_says_what_is_wrong(pictures, saved, tmp_path):
     for arguments, says in (
             (['no.png', '--out', tmp_path / 'out.png'], 'no.png'),
-            ([pictures / 'a.png', '--out', tmp_path / 'out.xyz'], 'xyz')):
+            ([pictures / 'a.png', '--out', tmp_path / 'out.xyz'], 'xyz'),
+            ([pictures / 'a.png', '--out', tmp_path / 'out.png', '--kind', 'film'], 'must end in .gif or .mp4')):
         result = run('draw', *arguments, '--model', saved)
         assert result.exit_code == 1 and says in result.stderr and 'Traceback' not in result.output
 

@@ -176,12 +176,15 @@ def models() -> None:
 @main.command()
 @click.argument('image', type=click.Path(path_type=Path))
 @click.option('--out', type=click.Path(path_type=Path), required=True, help='Picture to write.')
-@click.option('--kind', type=click.Choice(['placement', 'seen', 'priors']), default='placement', show_default=True)
+@click.option('--kind', type=click.Choice(['placement', 'seen', 'priors', 'trajectory', 'film']), default='placement',
+              show_default=True)
 @click.option('--model', 'name', default=DEFAULT_MODEL, show_default=True, help='Name, hf-hub:ID or local-dir:PATH.')
 @click.option('--n-tokens', type=int, help='Budget; by default that of the model (priors: 25).')
 @click.option('--sampler', help='Spatial prior that places the tokens; by default that of the model.')
 @saliency_option
 @click.option('--weights', type=click.Path(), help="Checkpoint: timm_spot's, the authors' or a timm ViT's.")
+@click.option('--steps', type=int, default=30, show_default=True, help='Steps of the search in a trajectory or film.')
+@click.option('--lr', type=float, default=1e-2, show_default=True, help='Its learning rate.')
 def draw(
         image: Path,
         out: Path,
@@ -191,6 +194,8 @@ def draw(
         sampler: Optional[str],
         saliency: Optional[str],
         weights: Optional[str],
+        steps: int,
+        lr: float,
 ) -> None:
     """Draw IMAGE, as the model takes it, with its tokens.
 
@@ -198,8 +203,11 @@ def draw(
     placement   the windows, their centres and the share of the image they cover
     seen        only what the model reads
     priors      the spatial priors side by side
+    trajectory  a search for the placement of least entropy: start, path and end of every token, and the loss
+    film        the same as a .gif, or .mp4 with ffmpeg
     """
-    from .tasks.draw import draw_placement, draw_priors, draw_seen
+    from .tasks.draw import animate, draw_placement, draw_priors, draw_seen, draw_trajectory
+    from .tasks.oracle import optimize_positions
 
     with clean_errors():
         model = create_model(name, weights, n_tokens=n_tokens)
@@ -210,9 +218,17 @@ def draw(
             _save_figure(draw_priors(picture, n_tokens or 25, embed.window)[0, 0].figure, out)
             return
         choose_prior(model, sampler, saliency, transform)(batch, [image])
-        function = dict(placement=draw_placement, seen=draw_seen)[kind]
-        ax = function(picture, model.place(batch)[0], embed.window, convention=embed.convention)
-        _save_figure(ax.figure, out)
+        positions = model.place(batch)
+        if kind in ('placement', 'seen'):
+            function = dict(placement=draw_placement, seen=draw_seen)[kind]
+            _save_figure(function(picture, positions[0], embed.window, convention=embed.convention).figure, out)
+            return
+        result = optimize_positions(
+            model, batch, init=positions, objective='entropy', steps=steps, lr=lr, bounds='clamp')
+        if kind == 'trajectory':
+            _save_figure(draw_trajectory(picture, result)[0].figure, out)
+        else:
+            animate(picture, result, embed.window, out, convention=embed.convention)
 
 
 if __name__ == '__main__':
