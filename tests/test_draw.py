@@ -181,7 +181,7 @@ def test_nothing_overlaps_and_the_aspect_is_kept(kind, width, height):
             shown = np.abs(np.diff([ax.get_xlim(), ax.get_ylim()]))
             assert box.width / box.height == pytest.approx((shown[0] / shown[1]).item(), rel=0.02)
         texts = [ax.title]
-        if ax.axison:  # ticks beyond the limits are not drawn
+        if not ax.images:  # ticks beyond the limits are not drawn
             (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
             texts += [ax.xaxis.label, *(t for t in ax.get_xticklabels() if left <= t.get_position()[0] <= right),
                       *(t for t in ax.get_yticklabels() if bottom <= t.get_position()[1] <= top)]
@@ -213,9 +213,11 @@ def test_text_is_legible_on_light_and_dark_pages(page):
 
 def test_an_axes_of_ones_own_is_used():
     figure, ax = plt.subplots(facecolor='red')
+    ax.set_ylabel('mine')
     image = read_photo('cowbike', 64, 64)
     assert draw_placement(image, place(4, image), 8, ax=ax) is ax and draw_seen(image, place(4, image), 8, ax) is ax
     assert figure.get_facecolor() == (1, 0, 0, 1)
+    assert ax.axison and ax.get_ylabel() == 'mine'
     figure, axes = plt.subplots(1, 2)
     assert (draw_trajectory(image, spirals(4, 3), axes=axes) == axes).all()
 
@@ -229,6 +231,8 @@ def test_every_kind_of_image_is_the_same_picture():
         np.testing.assert_allclose(to_picture(image), expected, atol=1e-6)
     low, high = expected.min(), expected.max()
     np.testing.assert_allclose(to_picture((tensor / 255 - 0.5) / 0.5), (expected - low) / (high - low), atol=1e-5)
+    # Undoing a normalisation leaves [0, 1] by rounding: that must not stretch the picture.
+    np.testing.assert_allclose(to_picture(tensor / 510 - 1e-6), expected / 2, atol=1e-5)
     grey = array[..., 0]
     for image in (Image.fromarray(grey), grey, torch.from_numpy(grey)[None]):
         np.testing.assert_allclose(to_picture(image), np.repeat(grey[..., None], 3, axis=2) / 255, atol=1e-6)

@@ -27,6 +27,7 @@ Picture = Union[torch.Tensor, np.ndarray, Image.Image]
 BLUE, ORANGE, GREY = '#0072b2', '#e69f00', '#808080'
 _SIDE = 4.  # inches of a picture's longer side
 _DARK = '#1c1c1c'
+_ROUNDING = 1e-3  # what an image whose normalisation was undone may lie outside [0, 1]
 _BLANK = (0.5, 0.5, 0.5, 0.25)  # lets the page show through
 
 
@@ -175,7 +176,7 @@ def draw_priors(image: Optional[Picture] = None, n_tokens: int = 25, window: int
     if saliency is not None:
         ax = axes.flat[-1]
         ax.imshow(saliency[0].numpy(), cmap='cividis')
-        ax.set_axis_off()
+        _hide_frame(ax)
         ax.set_title('spectral residual', color=GREY, fontsize='medium')
     return axes
 
@@ -259,9 +260,9 @@ def to_picture(image: Picture) -> np.ndarray:
     if not tensor.isfinite().all():
         raise ValueError(f'image of shape {tuple(image.shape)} holds NaN or infinity.')
     low, high = tensor.min(), tensor.max()
-    if low < 0 or high > 1:
+    if low < -_ROUNDING or high > 1 + _ROUNDING:
         tensor = (tensor - low) / (high - low)
-    return tensor.expand(3, -1, -1).permute(1, 2, 0).numpy()
+    return tensor.clamp(0., 1.).expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
 def _rectangles(
@@ -318,8 +319,14 @@ def _new_axes(picture: np.ndarray) -> Axes:
 def _show(ax: Axes, picture: np.ndarray) -> None:
     H, W = picture.shape[:2]
     ax.imshow(picture, extent=(-0.5, W - 0.5, H - 0.5, -0.5))
+    _hide_frame(ax)
     ax.set(xlim=(-0.5, W - 0.5), ylim=(H - 0.5, -0.5))
-    ax.set_axis_off()
+
+
+def _hide_frame(ax: Axes) -> None:
+    """Hide all but a label that the caller may add."""
+    ax.set(xticks=[], yticks=[], facecolor='none')
+    ax.spines[:].set_visible(False)
 
 
 def _include(ax: Axes, points: np.ndarray, picture: np.ndarray) -> None:
