@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib
+import matplotlib.pyplot as plt
 import timm
 import torch
 from PIL import Image
@@ -26,12 +27,12 @@ PHOTO = Path(__file__).parent.parent / 'examples' / 'photos' / 'cowbike.jpg'
 
 def save(figure: Figure, name: str) -> None:
     figure.savefig(IMAGES / f'{name}.png', dpi=120)
-    matplotlib.pyplot.close(figure)
+    plt.close(figure)
 
 
 def main() -> None:
     matplotlib.use('Agg')
-    matplotlib.style.use('default')
+    plt.style.use('default')
     IMAGES.mkdir(exist_ok=True)
     with Image.open(PHOTO) as photo:
         photo = photo.resize((224, 224))
