@@ -56,8 +56,8 @@ def test_predict_json(pictures, saved):
 
 def test_predict_saves_placements(pictures, saved, tmp_path):
     run('predict', pictures / 'a.png', '--model', saved, '--save-placement', tmp_path / 'one.png')
-    with Image.open(tmp_path / 'one.png') as drawn:
-        assert drawn.format == 'PNG'
+    with Image.open(tmp_path / 'one.png') as picture:
+        assert picture.format == 'PNG'
     run('predict', pictures, '--model', saved, '--save-placement', tmp_path / 'all.png')
     assert sorted(p.name for p in tmp_path.glob('all*')) == ['all-a.png', 'all-b.png']
 

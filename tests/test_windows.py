@@ -28,7 +28,7 @@ def test_golden_windows(golden):
 @settings(max_examples=40, deadline=None)
 @given(
     k=st.integers(1, 5), H=st.integers(5, 12), W=st.integers(5, 12),
-    y=st.floats(-0.2, 1.2, width=32), x=st.floats(-0.2, 1.2, width=32))
+    y=st.floats(-0.25, 1.25, width=32), x=st.floats(-0.25, 1.25, width=32))
 def test_patch_windows_follow_the_formula(k, H, W, y, x):
     image = torch.rand(1, 1, H, W, generator=torch.Generator().manual_seed(H * W + k), dtype=torch.float64)
     windows = sample_windows(image, torch.tensor([[y, x]], dtype=torch.float64), k)
@@ -41,7 +41,7 @@ def test_patch_windows_follow_the_formula(k, H, W, y, x):
 @settings(max_examples=40, deadline=None)
 @given(
     k=st.integers(2, 5), H=st.integers(5, 12), W=st.integers(5, 12),
-    y=st.floats(-0.2, 1.2, width=32), x=st.floats(-0.2, 1.2, width=32))
+    y=st.floats(-0.25, 1.25, width=32), x=st.floats(-0.25, 1.25, width=32))
 def test_spot_windows_follow_the_formula(k, H, W, y, x):
     image = torch.rand(1, 1, H, W, generator=torch.Generator().manual_seed(H * W + k), dtype=torch.float64)
     windows = sample_windows(image, torch.tensor([[y, x]], dtype=torch.float64), k, 'spot')[0, 0, 0]

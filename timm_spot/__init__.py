@@ -26,6 +26,8 @@ _TASKS = {
     'draw_seen': 'draw',
     'draw_trajectory': 'draw',
     'load_saliency': 'saliency_maps',
+    'OracleResult': 'oracle',
+    'optimize_positions': 'oracle',
 }
 
 

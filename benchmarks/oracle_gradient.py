@@ -1,0 +1,81 @@
+"""What the symmetric derivative of the windows changes against plain automatic differentiation, on digit canvases.
+
+    python -m benchmarks.oracle_gradient
+
+From the patch grid, where every sample lies on a kink of the interpolation, and from half a pixel beside it: the share
+of coordinates whose gradient has the sign of the loss difference over +-0.5 px (where that exceeds `--noise`), and the
+mean loss that the oracle reaches.
+"""
+from __future__ import annotations
+
+from typing import Tuple
+from unittest import mock
+
+import click
+import timm
+import torch
+import torch.nn.functional as F
+
+import timm_spot
+from timm_spot.ops import windows
+from timm_spot.tasks.digits import CANVAS, draw_canvases, load_digits
+
+
+class PlainWindows:
+    """In the place of `_SymmetricWindows`: leaves the derivative to autograd."""
+
+    apply = staticmethod(windows._patch_windows)
+
+
+def agreement(
+        model: torch.nn.Module,
+        images: torch.Tensor,
+        targets: torch.Tensor,
+        start: torch.Tensor,
+        noise: float,
+) -> Tuple[float, int]:
+    """Share of coordinates whose gradient has the sign of the finite difference, and how many were compared."""
+    positions = start.expand(len(images), -1, -1).clone().requires_grad_()
+    F.cross_entropy(model(images, positions), targets, reduction='sum').backward()
+    agree = compared = 0
+    with torch.no_grad():
+        for i in range(positions[0].numel()):
+            step = torch.zeros(positions[0].numel())
+            step[i] = 0.5 / CANVAS
+            step = step.view_as(positions[0])
+            ahead, behind = (
+                F.cross_entropy(model(images, positions + sign * step), targets, reduction='none') for sign in (1, -1))
+            clear = (ahead - behind).abs() > noise
+            agree += ((ahead - behind).sign() == positions.grad.flatten(1)[:, i].sign())[clear].sum().item()
+            compared += clear.sum().item()
+    return agree / compared, compared
+
+
+@click.command(help=__doc__)
+@click.option('--n-tokens', default=16, show_default=True)
+@click.option('--canvases', default=64, show_default=True)
+@click.option('--noise', default=1e-4, show_default=True, help='Smallest difference of the loss (nats) that counts.')
+@click.option('--steps', default=20, show_default=True)
+@click.option('--lr', default=1e-2, show_default=True)
+def main(n_tokens: int, canvases: int, noise: float, steps: int, lr: float) -> None:
+    model = timm.create_model('spot_vit_pico_patch8_64', pretrained=True).eval().requires_grad_(False)
+    digits, targets = load_digits('held_out')
+    canvas = draw_canvases(digits[:canvases], torch.Generator().manual_seed(3))
+    mean, std = (model.pretrained_cfg[key][0] for key in ('mean', 'std'))
+    images, targets = ((canvas.float() / 255 - mean) / std)[:, None].repeat(1, 3, 1, 1), targets[:canvases]
+    grid = timm_spot.sample_positions('grid', n_tokens, (CANVAS, CANVAS), window=model.patch_embed.window)[0]
+    click.echo(f'{canvases} held-out canvases, {n_tokens} tokens, {steps} steps, lr {lr}')
+    click.echo('| derivative | start | agreement in sign, % | coordinates compared | loss before | loss after |')
+    click.echo('|---' * 6 + '|')
+    for derivative, windows_class in (('symmetric', windows._SymmetricWindows), ('plain autograd', PlainWindows)):
+        for place, start in (('patch grid', grid), ('half a pixel off', grid + 0.5 / CANVAS)):
+            with mock.patch.object(windows, '_SymmetricWindows', windows_class):
+                share, compared = agreement(model, images, targets, start, noise)
+                result = timm_spot.optimize_positions(model, images, targets, init=start, steps=steps, lr=lr)
+            click.echo(
+                f'| {derivative} | {place} | {100 * share:.1f} | {compared} | {result.losses[:, 0].mean():.4f} | '
+                f'{result.losses[:, -1].mean():.4f} |')
+
+
+if __name__ == '__main__':
+    main()
