@@ -126,3 +126,55 @@ def test_convert_and_push_report_mistakes_in_one_line(tmp_path):
     assert result.exit_code == 1 and 'no.pth is no file' in result.output and 'Traceback' not in result.output
     result = run('push', str(tmp_path), 'lab/name', '--dry-run')
     assert result.exit_code == 1 and 'lacks model.safetensors' in result.output
+
+
+def test_predict_by_saliency(pictures, saved):
+    spectral, salient, plain = (
+        json.loads(run('predict', pictures, '--model', saved, '--n-tokens', 9, '--json', *arguments).stdout)
+        for arguments in (['--saliency', 'spectral'], ['--sampler', 'salient'], []))
+    assert spectral == salient != plain
+
+    maps = pictures.parent / 'maps'
+    maps.mkdir()
+    Image.new('L', (10, 8), 255).save(maps / 'a.png')
+    result = run('predict', pictures, '--model', saved, '--saliency', maps)
+    assert result.exit_code == 1 and 'no saliency map for 1 of 2 images: b.png' in result.stderr
+    assert run('predict', pictures / 'a.png', '--model', saved, '--saliency', maps).exit_code == 0
+    for arguments, says in (
+            (['--saliency', 'spectrum'], "saliency='spectrum' is none of"),
+            (['--saliency', 'spectral', '--sampler', 'sobol'], 'is of no use to')):
+        result = run('predict', pictures, '--model', saved, *arguments)
+        assert result.exit_code == 1 and says in result.stderr and 'Traceback' not in result.output
+
+
+@pytest.mark.parametrize('kind', ['placement', 'seen', 'priors', 'trajectory'])
+def test_draw(pictures, saved, tmp_path, kind):
+    result = run(
+        'draw', pictures / 'a.png', '--out', tmp_path / 'out.png', '--kind', kind, '--model', saved, '--n-tokens', 9,
+        '--saliency', 'spectral', '--steps', 2)
+    assert result.exit_code == 0, result.output
+    with Image.open(tmp_path / 'out.png') as drawn:
+        assert drawn.format == 'PNG' and len(drawn.convert('RGB').getcolors(10 ** 6)) > 50
+
+
+def test_draw_film(pictures, saved, tmp_path):
+    film = tmp_path / 'out.gif'
+    result = run('draw', pictures / 'a.png', '--out', film, '--kind', 'film', '--model', saved, '--steps', 2)
+    assert result.exit_code == 0, result.output
+    with Image.open(film) as frames:
+        assert frames.n_frames == 3
+
+
+def test_draw_says_what_is_wrong(pictures, saved, tmp_path):
+    for arguments, says in (
+            (['no.png', '--out', tmp_path / 'out.png'], 'no.png'),
+            ([pictures / 'a.png', '--out', tmp_path / 'out.xyz'], 'xyz'),
+            ([pictures / 'a.png', '--out', tmp_path / 'out.png', '--kind', 'film'], 'must end in .gif or .mp4')):
+        result = run('draw', *arguments, '--model', saved)
+        assert result.exit_code == 1 and says in result.stderr and 'Traceback' not in result.output
+
+
+def test_many_pictures_leave_no_figures_open(pictures, saved, tmp_path):
+    run('predict', pictures, '--model', saved, '--save-placement', tmp_path / 'all.png')
+    import matplotlib.pyplot as plt
+    assert not plt.get_fignums()

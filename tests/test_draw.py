@@ -1,20 +1,287 @@
+"""Pictures of placements. `python tests/test_draw.py` draws the golden images anew, to be looked at before a commit."""
 from __future__ import annotations
 
+import itertools
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
 import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from timm_spot.tasks.draw import draw_placement
+import timm_spot
+from timm_spot.tasks.draw import GREY, animate, draw_placement, draw_priors, draw_seen, draw_trajectory, to_picture
 
 matplotlib.use('Agg')
 
+GOLDEN = Path(__file__).parent / 'data' / 'draw'
+PHOTOS = Path(__file__).parent.parent / 'examples' / 'photos'
 
-def test_windows_lie_where_they_are_read():
-    ax = draw_placement(torch.rand(3, 32, 64), torch.tensor([[0.25, 0.5], [1., 1.]]), 8)
-    first, second = (path.vertices for path in ax.collections[0].get_paths())
-    # Pixel 0 spans -0.5 to 0.5, so p = 0.25 of 32 px lies at 7.5; (x, y) order.
-    assert first.min(axis=0).tolist() == pytest.approx([27.5, 3.5])
-    assert first.max(axis=0).tolist() == pytest.approx([35.5, 11.5])
-    assert second.max(axis=0).tolist() == pytest.approx([67.5, 35.5])
-    assert ax.get_xlim() == (-0.5, 63.5) and ax.get_ylim() == (31.5, -0.5)
-    matplotlib.pyplot.close('all')
+
+@pytest.fixture(autouse=True)
+def default_style():
+    with matplotlib.style.context('default'):
+        yield
+    plt.close('all')
+
+
+def read_photo(name: str, width: int, height: int) -> Image.Image:
+    with Image.open(PHOTOS / f'{name}.jpg') as photo:
+        return photo.resize((width, height))
+
+
+def place(n_tokens: int, image: Image.Image) -> torch.Tensor:
+    return timm_spot.sample_positions(
+        'sobol', n_tokens, (image.height, image.width), generator=torch.Generator().manual_seed(0))
+
+
+def spirals(n_tokens: int, steps: int, turns: float = 1.) -> SimpleNamespace:
+    """Two images' worth of a search in which every token spirals outwards; in the second nothing moves."""
+    start = timm_spot.sample_positions('isotropic', n_tokens, (100, 100))[0]
+    angle = torch.linspace(0, 2 * math.pi * turns, steps + 1)[:, None] + torch.arange(n_tokens)
+    spiral = torch.stack([angle.sin(), angle.cos()], dim=-1) * torch.linspace(0, 0.09, steps + 1)[:, None, None]
+    losses = 0.2 + 2 * torch.linspace(0, -3, steps + 1).exp()
+    return SimpleNamespace(
+        trajectory=torch.stack([start + spiral, start.expand(steps + 1, -1, -1)]),
+        losses=torch.stack([losses, torch.ones(steps + 1)]))
+
+
+def render(figure: plt.Figure, dpi: int = 50, page: str = 'white') -> Image.Image:
+    """The figure as it looks on a page."""
+    figure.set_dpi(dpi)
+    figure.canvas.draw()
+    drawn = Image.fromarray(np.asarray(figure.canvas.buffer_rgba()))
+    on_page = Image.new('RGBA', drawn.size, page)
+    on_page.alpha_composite(drawn)
+    return on_page.convert('RGB')
+
+
+def paint(kind: str, folder: Path) -> Image.Image:
+    cyclist, kitchen = read_photo('cowbike', 224, 224), read_photo('oldkitchen', 320, 200)
+    if kind == 'placement':
+        return render(draw_placement(cyclist, place(25, cyclist), 16).figure)
+    if kind == 'seen':
+        return render(draw_seen(kitchen, place(49, kitchen), 16).figure, page='#0d1117')
+    if kind == 'trajectory':
+        return render(draw_trajectory(kitchen, spirals(9, 20))[0].figure)
+    if kind == 'priors':
+        return render(draw_priors(cyclist)[0, 0].figure)
+    if kind == 'priors_blank':
+        return render(draw_priors()[0, 0].figure)
+    path = animate(cyclist, spirals(16, 4), 16, folder / 'film.gif')
+    with Image.open(path) as film:
+        film.seek(4)
+        return film.convert('RGB').reduce(2)
+
+
+CHANGED = 0.003  # share of the pixels that may look different
+KINDS = ('placement', 'seen', 'trajectory', 'priors', 'priors_blank', 'film')
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_golden_image(kind, tmp_path):
+    with Image.open(GOLDEN / f'{kind}.png') as golden:
+        expected = np.asarray(golden.convert('RGB'), dtype=float)
+    drawn = np.asarray(paint(kind, tmp_path), dtype=float)
+    assert drawn.shape == expected.shape
+    # Another version of FreeType or libjpeg moves a few edges and colours a little.
+    difference = np.abs(drawn - expected).max(axis=-1)
+    assert difference.mean() < 3 and (difference > 40).mean() < CHANGED
+
+
+def test_a_moved_window_would_be_noticed():
+    """The tolerance of the golden images is no wider than one token in 25."""
+    image = read_photo('cowbike', 224, 224)
+    positions = place(25, image)[0]
+    before = np.asarray(render(draw_placement(image, positions, 16).figure), dtype=float)
+    positions[3] = torch.tensor([0.9, 0.7])
+    after = np.asarray(render(draw_placement(image, positions, 16).figure), dtype=float)
+    assert (np.abs(after - before).max(axis=-1) > 40).mean() > CHANGED
+
+
+def test_windows_lie_where_the_model_reads():
+    image = torch.zeros(3, 40, 80)
+    positions = torch.tensor([[0.25, 0.75]])
+    patch, spot = (
+        draw_placement(image, positions, 8, convention=convention).collections[0].get_paths()[0].get_extents()
+        for convention in ('patch', 'spot'))
+    # Pixel i is drawn from i - 0.5 to i + 0.5; the centre of the patch window is pixel edge (10, 60).
+    assert patch.bounds == (55.5, 5.5, 8, 8)
+    # Under `spot` the centre is pixel (10, 60), and a window is stretched with the image: 8 * 2 L / 120.
+    np.testing.assert_allclose(spot.bounds, (60 - 16 / 3, 10 - 8 / 3, 32 / 3, 16 / 3))
+
+
+def test_coverage_counts_pixels_once():
+    image = torch.zeros(3, 40, 80)
+    positions = torch.tensor([[0.1, 0.05], [0.1, 0.05], [0.9, 0.95], [0., 0.5]])
+    # 8 x 8 pixels in two corners (one of them twice) and the lower half of a window across the upper edge.
+    assert draw_placement(image, positions, 8).get_title() == f'4 tokens cover {(64 + 64 + 32) / 3200:.0%}'
+    assert draw_seen(image, positions, 8).get_title() == '5% of the pixels'
+
+
+def test_seen_shows_windows_and_nothing_else():
+    image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    seen = draw_seen(image, torch.tensor([[0.5, 0.25]]), 8).images[0].get_array()
+    inside = np.zeros((32, 32), bool)
+    inside[12:20, 4:12] = True
+    np.testing.assert_allclose(seen[inside][:, :3], image.permute(1, 2, 0).numpy()[inside])
+    assert (seen[inside][:, 3] == 1).all() and (seen[~inside] == (0.5, 0.5, 0.5, 0.25)).all()
+
+
+def test_trajectory_has_start_path_and_end_of_every_token():
+    image, result = torch.zeros(3, 50, 100), spirals(9, 20)
+    picture, loss = draw_trajectory(image, result)
+    start, end = (c.get_offsets() for c in picture.collections)
+    for offsets, step in ((start, 0), (end, -1)):
+        np.testing.assert_allclose(offsets, (result.trajectory[0, step] * torch.tensor([50, 100]) - 0.5).flip(-1))
+    assert len(picture.lines) == 9 and all(len(line.get_xdata()) == 21 for line in picture.lines)
+    np.testing.assert_allclose(loss.lines[0].get_ydata(), result.losses[0])
+    assert [text.get_text() for text in picture.get_legend().get_texts()] == ['start', 'end']
+
+
+def test_a_token_that_left_the_image_is_still_drawn():
+    result = SimpleNamespace(
+        trajectory=torch.tensor([[[[0.9, 0.1]], [[1.2, -0.1]]]]), losses=torch.tensor([[1., 0.5]]))
+    picture, _ = draw_trajectory(torch.zeros(3, 100, 100), result)
+    (left, right), (bottom, top) = picture.get_xlim(), picture.get_ylim()
+    np.testing.assert_allclose((left, right, bottom, top), (-10.5, 99.5, 119.5, -0.5), rtol=1e-5)
+
+
+def test_priors_are_those_of_the_sampler():
+    axes = draw_priors()
+    assert [ax.get_title() for ax in axes.flat] == ['uniform', 'gaussian', 'sobol', 'isotropic', 'center', 'grid']
+    assert [len(ax.collections[0].get_paths()) for ax in axes.flat] == [25] * 6
+    centre = timm_spot.sample_positions('center', 25, (224, 224))[0].flip(-1) * 224 - 0.5
+    np.testing.assert_allclose(axes[1, 1].collections[1].get_offsets(), centre, rtol=1e-5)
+    with pytest.raises(ValueError, match='exceeds the 2 x 2 patches'):
+        draw_priors(torch.zeros(3, 32, 32))
+
+
+@pytest.mark.parametrize('width, height', [(64, 64), (640, 90), (90, 640), (17, 23)])
+@pytest.mark.parametrize('kind', ['placement', 'seen', 'trajectory', 'priors'])
+def test_nothing_overlaps_and_the_aspect_is_kept(kind, width, height):
+    image = read_photo('cowbike', width, height)
+    if kind == 'trajectory':
+        axes = draw_trajectory(image, spirals(4, 3))
+    elif kind == 'priors':
+        axes = draw_priors(image, n_tokens=1).flatten()
+    else:
+        axes = [dict(placement=draw_placement, seen=draw_seen)[kind](image, place(4, image), 16)]
+    figure = axes[0].figure
+    figure.canvas.draw()
+    page = figure.bbox
+    boxes = []
+    for ax in axes:
+        box = ax.get_window_extent()
+        if ax.images:
+            shown = np.abs(np.diff([ax.get_xlim(), ax.get_ylim()]))
+            assert box.width / box.height == pytest.approx((shown[0] / shown[1]).item(), rel=0.02)
+        texts = [ax.title]
+        if not ax.images:  # ticks beyond the limits are not drawn
+            (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+            texts += [ax.xaxis.label, *(t for t in ax.get_xticklabels() if left <= t.get_position()[0] <= right),
+                      *(t for t in ax.get_yticklabels() if bottom <= t.get_position()[1] <= top)]
+        boxes += [box, *(text.get_window_extent() for text in texts if text.get_text())]
+        boxes += [ax.get_legend().get_window_extent()] if ax.get_legend() else []
+    for i, a in enumerate(boxes):
+        assert a.x0 >= page.x0 - 1 and a.y0 >= page.y0 - 1 and a.x1 <= page.x1 + 1 and a.y1 <= page.y1 + 1
+        for b in boxes[:i]:
+            across = min(a.x1, b.x1) - max(a.x0, b.x0)
+            down = min(a.y1, b.y1) - max(a.y0, b.y0)
+            assert across < 1 or down < 1, (a, b)
+
+
+def contrast(a: str, b: str) -> float:
+    """Contrast ratio of two colours, as in the Web Content Accessibility Guidelines."""
+    light, dark = sorted((
+        float(np.dot([((v + 0.055) / 1.055) ** 2.4 if v > 0.04045 else v / 12.92 for v in matplotlib.colors.to_rgb(c)],
+                     [0.2126, 0.7152, 0.0722])) for c in (a, b)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize('page', ['white', '#0d1117', 'black'])
+def test_text_is_legible_on_light_and_dark_pages(page):
+    assert contrast(GREY, page) > 3.5
+    image = read_photo('cowbike', 64, 64)
+    drawn = np.asarray(render(draw_placement(image, place(4, image), 16).figure, page=page))
+    assert (drawn[0, 0] == np.round(np.array(matplotlib.colors.to_rgb(page)) * 255)).all()  # transparent margins
+
+
+def test_an_axes_of_ones_own_is_used():
+    figure, ax = plt.subplots(facecolor='red')
+    ax.set_ylabel('mine')
+    image = read_photo('cowbike', 64, 64)
+    assert draw_placement(image, place(4, image), 8, ax=ax) is ax and draw_seen(image, place(4, image), 8, ax) is ax
+    assert figure.get_facecolor() == (1, 0, 0, 1)
+    assert ax.axison and ax.get_ylabel() == 'mine'
+    figure, axes = plt.subplots(1, 2)
+    assert (draw_trajectory(image, spirals(4, 3), axes=axes) == axes).all()
+
+
+def test_every_kind_of_image_is_the_same_picture():
+    photo = read_photo('cowbike', 30, 20)
+    array = np.array(photo)
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    expected = array / 255
+    for image in (photo, array, tensor, tensor[None], tensor / 255, (tensor / 255)[None].requires_grad_()):
+        np.testing.assert_allclose(to_picture(image), expected, atol=1e-6)
+    low, high = expected.min(), expected.max()
+    np.testing.assert_allclose(to_picture((tensor / 255 - 0.5) / 0.5), (expected - low) / (high - low), atol=1e-5)
+    # Undoing a normalisation leaves [0, 1] by rounding: that must not stretch the picture.
+    np.testing.assert_allclose(to_picture(tensor / 510 - 1e-6), expected / 2, atol=1e-5)
+    grey = array[..., 0]
+    for image in (Image.fromarray(grey), grey, torch.from_numpy(grey)[None]):
+        np.testing.assert_allclose(to_picture(image), np.repeat(grey[..., None], 3, axis=2) / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize('image, error, match', [
+    ('photo.jpg', TypeError, 'got str'),
+    (np.zeros((4, 4, 3)), TypeError, 'array of float64, pass uint8'),
+    (torch.zeros(2, 3, 4, 4), ValueError, r'\(2, 3, 4, 4\) is no single picture'),
+    (torch.zeros(4, 4, 3), ValueError, r'\(4, 4, 3\) is no single picture'),
+    (torch.full((3, 4, 4), math.nan), ValueError, 'NaN'),
+])
+def test_what_is_no_picture_is_refused(image, error, match):
+    with pytest.raises(error, match=match):
+        draw_placement(image, torch.zeros(1, 2), 2)
+
+
+def test_wrong_positions_and_results_are_refused(tmp_path):
+    image = torch.zeros(3, 32, 32)
+    with pytest.raises(ValueError, match=r'shape \(N, 2\), one placement, got \(2, 9, 2\)'):
+        draw_placement(image, torch.zeros(2, 9, 2), 8)
+    with pytest.raises(ValueError, match='record=True'):
+        draw_trajectory(image, SimpleNamespace(trajectory=None, losses=torch.zeros(1, 2)))
+    with pytest.raises(ValueError, match='index=2 does not exist, the result holds 2 images'):
+        draw_trajectory(image, spirals(4, 3), index=2)
+    with pytest.raises(ValueError, match=r"film\.avi' must end in \.gif or \.mp4"):
+        animate(image, spirals(4, 3), 8, tmp_path / 'film.avi')
+
+
+def test_film_has_a_frame_for_each_step(tmp_path):
+    path = animate(read_photo('cowbike', 64, 64), spirals(4, 6), 8, str(tmp_path / 'film.gif'), fps=10)
+    assert path == tmp_path / 'film.gif'
+    with Image.open(path) as film:
+        assert film.n_frames == 7 and film.info['duration'] == 100
+        frames = []
+        for i in range(7):
+            film.seek(i)
+            frames.append(np.asarray(film.convert('RGB'), dtype=int))
+    assert all(np.abs(a - b).max() > 40 for a, b in itertools.pairwise(frames))
+
+
+def test_film_without_ffmpeg_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    with pytest.raises(RuntimeError, match='needs the program ffmpeg'):
+        animate(torch.zeros(3, 32, 32), spirals(4, 3), 8, tmp_path / 'film.mp4')
+
+
+if __name__ == '__main__':
+    GOLDEN.mkdir(parents=True, exist_ok=True)
+    for kind in KINDS:
+        paint(kind, GOLDEN).save(GOLDEN / f'{kind}.png', optimize=True)
+    (GOLDEN / 'film.gif').unlink()

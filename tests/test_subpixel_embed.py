@@ -82,10 +82,14 @@ def test_saliency_of_a_model():
     together = embed.place(images)
     torch.testing.assert_close(together[1:], embed.place(images[1:]), rtol=0, atol=0)
     assert not torch.equal(embed.train().place(images), together)
-    with pytest.raises(TypeError, match='saliency must be a map'):
+    embed.set_placement(saliency='spectral_residual')
+    torch.testing.assert_close(embed.eval().place(images)[1:], embed.place(images[1:]), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="saliency='no such thing' is unknown"):
         embed.set_placement(saliency='no such thing')
-    with pytest.raises(ValueError, match='needs a saliency map'):
-        SubpixelEmbed(patch_size=8, embed_dim=16, n_tokens=6, sampler='salient')(images)
+    with pytest.raises(TypeError, match=r"saliency must be .* got 3\."):
+        embed.set_placement(saliency=3)
+    with pytest.raises(ValueError, match="needs a saliency map: pass saliency='spectral_residual'"):
+        SubpixelEmbed(patch_size=8, embed_dim=16, n_tokens=6, sampler='salient')
 
 
 def test_saliency_of_another_batch_size_is_refused():

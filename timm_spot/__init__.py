@@ -9,16 +9,24 @@ import importlib
 from typing import Any, List
 
 from . import models as models
+from .models.attention_saliency import attention_saliency as attention_saliency
 from .models.retrofit import retrofit as retrofit
 from .ops import list_samplers as list_samplers
 from .ops import register_sampler as register_sampler
 from .ops import sample_positions as sample_positions
 from .ops import sample_windows as sample_windows
+from .ops import spectral_residual as spectral_residual
 
 __version__ = '0.1.0'
 
 # Tasks load on first use: importing this package costs no more than importing timm.
 _TASKS = {
+    'animate': 'draw',
+    'draw_placement': 'draw',
+    'draw_priors': 'draw',
+    'draw_seen': 'draw',
+    'draw_trajectory': 'draw',
+    'load_saliency': 'saliency_maps',
     'OracleResult': 'oracle',
     'optimize_positions': 'oracle',
     'push_to_hub': 'hub',

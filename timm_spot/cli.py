@@ -8,7 +8,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Tuple
 
 import click
 import timm
@@ -21,6 +21,10 @@ import timm_spot
 from .tasks import predict as prediction
 from .tasks.objectives import OBJECTIVES
 from .tasks.oracle_run import open_dataset, run_oracle
+from .tasks.saliency_maps import choose_prior
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _BATCH_SIZE = 32
 DEFAULT_MODEL = 'spot_vit_pico_patch8_64'
@@ -56,11 +60,18 @@ def create_model(name: str, weights: Optional[str] = None, **kwargs: Any) -> nn.
     return model
 
 
+saliency_option = click.option(
+    '--saliency', metavar='spectral|attention:NAME|FOLDER',
+    help="Map for the salient samplers (without --sampler: 'salient'): spectral residual, the attention of a "
+         'pretrained timm ViT, or a folder with a map for each picture.')
+
+
 @main.command()
 @click.argument('images', nargs=-1, required=True)
 @click.option('--model', 'name', default=DEFAULT_MODEL, show_default=True, help='Name, hf-hub:ID or local-dir:PATH.')
 @click.option('--n-tokens', type=int, help='Budget; by default that of the model.')
 @click.option('--sampler', help='Spatial prior that places the tokens; by default that of the model.')
+@saliency_option
 @click.option('--topk', type=click.IntRange(min=1), default=5, show_default=True, help='Classes for each picture.')
 @click.option('--weights', type=click.Path(), help="Checkpoint: timm_spot's, the authors' or a timm ViT's.")
 @click.option('--json', 'as_json', is_flag=True, help='Print one JSON list instead of lines.')
@@ -71,6 +82,7 @@ def predict(
         name: str,
         n_tokens: Optional[int],
         sampler: Optional[str],
+        saliency: Optional[str],
         topk: int,
         weights: Optional[str],
         as_json: bool,
@@ -82,8 +94,9 @@ def predict(
     """
     with clean_errors():
         files = prediction.find_images(images)
-        model = create_model(name, weights, n_tokens=n_tokens, sampler=sampler)
+        model = create_model(name, weights, n_tokens=n_tokens)
         transform, names = prediction.model_transform(model), prediction.class_names(model)
+        set_saliency = choose_prior(model, sampler, saliency, transform)
         results, broken = [], []
         with click.progressbar(length=len(files), file=sys.stderr, label='predict') as bar:
             for start in range(0, len(files), _BATCH_SIZE):
@@ -97,6 +110,7 @@ def predict(
                 if not loaded:
                     continue
                 batch = torch.stack([image for _, image in loaded])
+                set_saliency(batch, [file for file, _ in loaded])
                 scores = prediction.predict(model, batch, names, topk)
                 results += [(file, row) for (file, _), row in zip(loaded, scores)]
                 if save_placement is not None:
@@ -121,11 +135,25 @@ def _picture_path(path: Path, file: Path, n_files: int) -> Path:
 def _save_placement(model: nn.Module, image: torch.Tensor, positions: torch.Tensor, path: Path) -> None:
     from .tasks.draw import draw_placement
 
+    embed = model.patch_embed
+    _save_figure(
+        draw_placement(_denormalize(model, image), positions, embed.window, convention=embed.convention).figure, path)
+
+
+def _denormalize(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    """What the model sees of a picture, in [0, 1]."""
     cfg = model.pretrained_cfg
     mean, std = (torch.tensor(cfg[key]).view(-1, 1, 1) for key in ('mean', 'std'))
-    figure = draw_placement(image * std + mean, positions, model.patch_embed.window).figure
-    figure.savefig(path, dpi=150)
-    figure.clear()
+    return (image * std + mean).clamp(0., 1.)
+
+
+def _save_figure(figure: Figure, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    try:
+        figure.savefig(path, dpi=150)
+    finally:
+        plt.close(figure)
 
 
 @main.command()
@@ -259,6 +287,64 @@ def push(folder: Path, repo_id: str, private: bool, revision: Optional[str], dry
             return
         click.echo(hub.push_folder(folder, repo_id, private, revision))
     click.echo(f"timm.create_model('hf-hub:{repo_id}{'@' + revision if revision else ''}', pretrained=True)")
+
+
+@main.command()
+@click.argument('image', type=click.Path(path_type=Path))
+@click.option('--out', type=click.Path(path_type=Path), required=True, help='Picture to write.')
+@click.option('--kind', type=click.Choice(['placement', 'seen', 'priors', 'trajectory', 'film']), default='placement',
+              show_default=True)
+@click.option('--model', 'name', default=DEFAULT_MODEL, show_default=True, help='Name, hf-hub:ID or local-dir:PATH.')
+@click.option('--n-tokens', type=int, help='Budget; by default that of the model (priors: 25).')
+@click.option('--sampler', help='Spatial prior that places the tokens; by default that of the model.')
+@saliency_option
+@click.option('--weights', type=click.Path(), help="Checkpoint: timm_spot's, the authors' or a timm ViT's.")
+@click.option('--steps', type=int, default=30, show_default=True, help='Steps of the search in a trajectory or film.')
+@click.option('--lr', type=float, default=1e-2, show_default=True, help='Its learning rate.')
+def draw(
+        image: Path,
+        out: Path,
+        kind: str,
+        name: str,
+        n_tokens: Optional[int],
+        sampler: Optional[str],
+        saliency: Optional[str],
+        weights: Optional[str],
+        steps: int,
+        lr: float,
+) -> None:
+    """Draw IMAGE, as the model takes it, with its tokens.
+
+    \b
+    placement   the windows, their centres and the share of the image they cover
+    seen        only what the model reads
+    priors      the spatial priors side by side
+    trajectory  a search for the placement of least entropy: start, path and end of every token, and the loss
+    film        the same as a .gif, or .mp4 with ffmpeg
+    """
+    from .tasks.draw import animate, draw_placement, draw_priors, draw_seen, draw_trajectory
+    from .tasks.oracle import optimize_positions
+
+    with clean_errors():
+        model = create_model(name, weights, n_tokens=n_tokens)
+        transform, embed = prediction.model_transform(model), model.patch_embed
+        batch = prediction.load_image(image, transform)[None]
+        picture = _denormalize(model, batch[0])
+        if kind == 'priors':
+            _save_figure(draw_priors(picture, n_tokens or 25, embed.window)[0, 0].figure, out)
+            return
+        choose_prior(model, sampler, saliency, transform)(batch, [image])
+        positions = model.place(batch)
+        if kind in ('placement', 'seen'):
+            function = dict(placement=draw_placement, seen=draw_seen)[kind]
+            _save_figure(function(picture, positions[0], embed.window, convention=embed.convention).figure, out)
+            return
+        result = optimize_positions(
+            model, batch, init=positions, objective='entropy', steps=steps, lr=lr, bounds='clamp')
+        if kind == 'trajectory':
+            _save_figure(draw_trajectory(picture, result)[0].figure, out)
+        else:
+            animate(picture, result, embed.window, out, convention=embed.convention)
 
 
 if __name__ == '__main__':

@@ -52,12 +52,14 @@ class SubpixelVisionTransformer(VisionTransformer):
         sampler: Spatial prior that places the tokens, see `timm_spot.list_samplers`.
         convention: Geometry of windows and position feature, 'patch' or 'spot' (see `timm_spot.sample_windows`).
         seed: Seed of the placement given to every image in eval mode.
-        saliency: Map (H, W) or (B, H, W), or a function from images to maps, for samplers that need one.
+        saliency: 'spectral_residual', a function from images to maps, or a map (H, W) or (B, H, W), for samplers
+            that need one.
         pos_nodes: Nodes per axis of the position feature.
         **kwargs: Of timm's VisionTransformer.
 
     Raises:
-        ValueError: An unknown sampler or convention, a budget below 1, a `pos_embed` table.
+        ValueError: An unknown sampler or convention, a sampler without the saliency it needs, a budget below 1, a
+            `pos_embed` table.
     """
 
     def __init__(

@@ -16,10 +16,19 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from ..ops.position_feature import position_feature
+from ..ops.saliency import spectral_residual
 from ..ops.samplers import check_n_tokens, get_sampler, lattice_shape, sample_positions
 from ..ops.windows import check_convention, check_images, check_positions, read_windows
 
-Saliency = Union[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]
+Saliency = Union[str, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]
+SALIENCY_NAMES = {'spectral_residual': spectral_residual}  # a saved model can keep a name, not a function
+
+
+def compute_saliency(saliency: Optional[Saliency], images: torch.Tensor) -> Optional[torch.Tensor]:
+    """Maps of images that a `saliency` keyword stands for: by name, by function, or as they are."""
+    if isinstance(saliency, str):
+        saliency = SALIENCY_NAMES[saliency]
+    return saliency(images) if callable(saliency) else saliency
 
 
 @lru_cache(maxsize=256)
@@ -84,7 +93,8 @@ class SubpixelEmbed(nn.Module):
         sampler: Spatial prior that places the tokens, see `timm_spot.list_samplers`.
         convention: 'patch' or 'spot', see `timm_spot.sample_windows`.
         seed: Seed of the placement that a model in eval mode gives every image.
-        saliency: Map (H, W) or (B, H, W), or a function from images to maps, for samplers that need one.
+        saliency: 'spectral_residual', a function from images to maps, or a map (H, W) or (B, H, W), for samplers
+            that need one.
         pos_nodes: Nodes per axis of the position feature, 16 by default; fixed to k under `spot`.
     """
 
@@ -168,16 +178,22 @@ class SubpixelEmbed(nn.Module):
         if n_tokens is not None:
             check_n_tokens(n_tokens)
             self.n_tokens = n_tokens
+        if saliency is not None:
+            if isinstance(saliency, str) and saliency not in SALIENCY_NAMES:
+                raise ValueError(f"saliency={saliency!r} is unknown, the names are {', '.join(SALIENCY_NAMES)}.")
+            if not (callable(saliency) or isinstance(saliency, (str, torch.Tensor))):
+                raise TypeError(
+                    "saliency must be 'spectral_residual', a function from images to maps or a map of shape (B, H, W), "
+                    f'got {saliency!r}.')
+            self.saliency = saliency
         if sampler is not None:
-            get_sampler(sampler)
+            if 'saliency' in get_sampler(sampler).keywords and self.saliency is None:
+                raise ValueError(
+                    f"sampler={sampler!r} needs a saliency map: pass saliency='spectral_residual', a function from "
+                    'images to maps, or a map of shape (B, H, W).')
             self.sampler = sampler
         if seed is not None:
             self.seed = seed
-        if saliency is not None:
-            if not (callable(saliency) or isinstance(saliency, torch.Tensor)):
-                raise TypeError(
-                    f'saliency must be a map of shape (B, H, W) or a function from images to one, got {saliency!r}.')
-            self.saliency = saliency
 
     @torch.jit.ignore
     def set_input_size(
@@ -242,7 +258,7 @@ class SubpixelEmbed(nn.Module):
         # A function, not the method: a scripted module cannot call the one ignored method from the other.
         n_tokens, size, device = _budget(self.n_tokens, self.window, (H, W)), (H, W), images.device
         if 'saliency' in sampler.keywords:
-            maps = self.saliency(images) if callable(self.saliency) else self.saliency
+            maps = compute_saliency(self.saliency, images)
             generator = None if self.training else torch.Generator().manual_seed(self.seed)
             # One draw for a batch of maps shares its random numbers: each placement then depends on its map alone.
             positions = sample_positions(

@@ -13,7 +13,7 @@ import difflib
 import inspect
 import itertools
 import math
-from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
@@ -109,6 +109,7 @@ def sample_positions(
         saliency: Optional[torch.Tensor] = None,
         generator: Optional[torch.Generator] = None,
         window: int = 16,
+        **options: Any,
 ) -> torch.Tensor:
     """Draw placements from a spatial prior.
 
@@ -117,17 +118,19 @@ def sample_positions(
         n_tokens: Tokens of each image, at least 1.
         image_size: (H, W) in pixels.
         batch_size: Number of placements; stochastic samplers draw each anew.
-        saliency: (batch_size, H, W) or (H, W), non-negative; for `salient` and samplers that ask for it. Under
+        saliency: (batch_size, H, W) or (H, W), non-negative; for the `salient` samplers and any that ask for it. Under
             `batch_size=1` it may hold B maps: they share one set of random numbers, and B placements come back.
         generator: Source of randomness, torch's global generator by default.
         window: Side of a window in pixels; only `grid` looks at it.
+        **options: Keywords of the sampler's own: `spread=True` and `inverse=True` for `salient`, which `salient_sobol`
+            and `salient_inverse` set by name.
 
     Returns:
         Positions (y, x) in [0, 1], float32, of shape (batch_size, n_tokens, 2), on the CPU
         (for samplers that use `saliency`: on its device).
 
     Raises:
-        TypeError: `n_tokens` is no int.
+        TypeError: `n_tokens` is no int, `saliency` no tensor, or the sampler knows no such option.
         ValueError: An unknown sampler, a budget it cannot serve, an impossible size, a missing or wrong map.
 
     Example:
@@ -148,7 +151,7 @@ def sample_positions(
     available = dict(
         n_tokens=n_tokens, image_size=image_size, batch_size=batch_size, saliency=saliency, generator=generator,
         window=window)
-    positions = draw(**{k: available[k] for k in keywords})
+    positions = draw(**{k: available[k] for k in keywords}, **options)
     if tuple(positions.shape) not in ((n_tokens, 2), (rows, n_tokens, 2)):
         raise ValueError(
             f'sampler {sampler!r} returned shape {tuple(positions.shape)}, expected ({rows}, {n_tokens}, 2).')
@@ -259,19 +262,69 @@ def salient(
         batch_size: int,
         saliency: torch.Tensor,
         generator: Optional[torch.Generator],
+        spread: bool = False,
+        inverse: bool = False,
 ) -> torch.Tensor:
-    """Independent draws from a saliency map by its inverse distribution function, jittered inside the pixel."""
-    maps, (H, W) = saliency.flatten(1).double(), saliency.shape[-2:]
-    numbers = torch.rand(batch_size, n_tokens, 3, generator=generator, device=_device(generator)).to(maps.device)
-    rows = max(batch_size, maps.shape[0])
-    share, jitter = numbers[..., 0].double().expand(rows, -1), numbers[..., 1:].expand(rows, -1, -1)
-    cumulative = maps.cumsum(dim=1).expand(rows, -1)
-    # right=True skips pixels of weight zero; the clamp guards against share * total rounding up to the total.
-    last = (H * W - 1) - (maps > 0).flip(1).int().argmax(dim=1, keepdim=True)
-    pixel = torch.searchsorted(cumulative.contiguous(), share * cumulative[:, -1:], right=True).minimum(last)
-    corner = torch.stack([pixel // W, pixel % W], dim=-1).double()
-    # Stay a thousandth of a pixel off its edges, so that rounding to float32 cannot cross them.
-    return (corner + 0.001 + 0.998 * jitter) / torch.tensor([H, W], dtype=torch.float64, device=maps.device)
+    """Draws from a saliency map by its inverse distribution function: a row first, then a column of that row.
+
+    Args:
+        n_tokens: Tokens of each image.
+        batch_size: Number of placements; with 1, all maps share one set of random numbers.
+        saliency: (B, H, W), non-negative, no map zero everywhere.
+        generator: Source of randomness.
+        spread: Invert scrambled Sobol points instead of independent draws, so that tokens crowd less.
+        inverse: Draw from the background, the map's largest value minus the map (all of it where the map is constant).
+
+    Returns:
+        Positions (batch_size or B, n_tokens, 2), each inside a pixel of positive weight.
+    """
+    maps = saliency.double()
+    if inverse:
+        maps = maps.amax(dim=(1, 2), keepdim=True) - maps
+        maps = torch.where(maps.amax(dim=(1, 2), keepdim=True) > 0, maps, 1.)
+    points = (sobol if spread else uniform)(n_tokens, batch_size, generator).to(maps.device, maps.dtype)
+    B = max(batch_size, maps.shape[0])
+    maps, points = maps.expand(B, -1, -1), points.expand(B, -1, -1)
+    y, inside_y = _invert(maps.sum(dim=2), points[..., 0])
+    rows = maps.gather(1, y[..., None].expand(-1, -1, maps.shape[2]))  # B N W
+    x, inside_x = _invert(rows, points[..., 1:])
+    size = torch.tensor(maps.shape[1:], dtype=maps.dtype, device=maps.device)
+    return torch.stack([y + inside_y, (x + inside_x)[..., 0]], dim=-1) / size
+
+
+@register_sampler('salient_sobol')
+def salient_sobol(
+        n_tokens: int,
+        batch_size: int,
+        saliency: torch.Tensor,
+        generator: Optional[torch.Generator],
+) -> torch.Tensor:
+    """Scrambled Sobol points carried to the saliency map: its density, but evenly spread."""
+    return salient(n_tokens, batch_size, saliency, generator, spread=True)
+
+
+@register_sampler('salient_inverse')
+def salient_inverse(
+        n_tokens: int,
+        batch_size: int,
+        saliency: torch.Tensor,
+        generator: Optional[torch.Generator],
+) -> torch.Tensor:
+    """Independent draws from the background of a saliency map, for control experiments."""
+    return salient(n_tokens, batch_size, saliency, generator, inverse=True)
+
+
+def _invert(weights: torch.Tensor, share: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Invert the distribution over bins (..., L) at shares (..., K) of its total: bin and place inside it, (..., K)."""
+    cumulative = weights.cumsum(dim=-1)
+    target = share * cumulative[..., -1:]
+    # right=True skips bins of weight zero; the last positive one guards against a target rounded up to the total.
+    last = (weights.shape[-1] - 1) - (weights > 0).flip(-1).int().argmax(dim=-1, keepdim=True)
+    index = torch.searchsorted(cumulative, target, right=True).minimum(last)
+    weight = weights.gather(-1, index)
+    inside = ((target - cumulative.gather(-1, index) + weight) / weight).clamp(0., 1.)
+    # Stay a thousandth of a bin off its edges, so that rounding to float32 cannot cross them.
+    return index, 0.001 + 0.998 * inside
 
 
 def _device(generator: Optional[torch.Generator]) -> torch.device:

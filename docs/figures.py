@@ -1,0 +1,59 @@
+"""Draw every figure of README.md and docs/ anew, into docs/images/.
+
+    python docs/figures.py
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+import matplotlib.pyplot as plt
+import timm
+import torch
+from PIL import Image
+
+import timm_spot
+from timm_spot.ops import spectral_residual
+from timm_spot.tasks.digits import draw_canvases, load_digits
+from timm_spot.tasks.draw import animate, draw_placement, draw_priors, draw_seen, draw_trajectory, to_picture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+IMAGES = Path(__file__).parent / 'images'
+PHOTO = Path(__file__).parent.parent / 'examples' / 'photos' / 'cowbike.jpg'
+
+
+def save(figure: Figure, name: str) -> None:
+    figure.savefig(IMAGES / f'{name}.png', dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    matplotlib.use('Agg')
+    plt.style.use('default')
+    IMAGES.mkdir(exist_ok=True)
+    with Image.open(PHOTO) as photo:
+        photo = photo.resize((224, 224))
+    images = torch.from_numpy(to_picture(photo)).permute(2, 0, 1)[None]
+    positions = timm_spot.sample_positions(
+        'salient_sobol', 25, (224, 224), saliency=spectral_residual(images), generator=torch.Generator().manual_seed(0))
+    save(draw_placement(photo, positions, 16).figure, 'placement')
+    save(draw_seen(photo, positions, 16).figure, 'seen')
+    save(draw_priors(photo)[0, 0].figure, 'priors')
+
+    # The digit on which a search for a better placement of 9 tokens gains most.
+    model = timm.create_model('spot_vit_pico_patch8_64', pretrained=True, n_tokens=9).eval()
+    mean, std = model.pretrained_cfg['mean'][0], model.pretrained_cfg['std'][0]
+    digits, labels = load_digits('held_out')
+    canvases = draw_canvases(digits[:64], torch.Generator().manual_seed(0))
+    inputs = ((canvases.float() / 255 - mean) / std)[:, None].expand(-1, 3, -1, -1)
+    result = timm_spot.optimize_positions(model, inputs, labels[:64], steps=40, lr=1e-2, bounds='clamp')
+    index = (result.losses[:, 0] - result.losses[:, -1]).argmax().item()
+    save(draw_trajectory(canvases[index, None], result, index)[0].figure, 'trajectory')
+    animate(canvases[index, None], result, 8, IMAGES / 'search.gif', index)
+
+
+if __name__ == '__main__':
+    main()
