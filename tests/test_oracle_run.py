@@ -184,6 +184,22 @@ def test_dataset_without_random_access(tiny, tmp_path):
     assert (tmp_path / 'r.safetensors').read_bytes() == (tmp_path / 'whole.safetensors').read_bytes()
 
 
+def test_salient_starts(tiny, tmp_path):
+    folder = write_pictures(tmp_path / 'data', 3, classes=1)
+    maps = tmp_path / 'maps'
+    maps.mkdir()
+    for i in range(3):  # all weight on one pixel, another one in each map
+        weights = torch.zeros(64, 64, dtype=torch.uint8)
+        weights[10 * i + 5, 20] = 255
+        Image.fromarray(weights.numpy()).save(maps / f'{i:03d}.png')
+    kwargs = dict(init='salient', labels=False, objective='entropy', steps=0, batch_size=2)
+    result = run(tiny, folder, tmp_path / 'a', saliency=str(maps), **kwargs)
+    assert (result.positions * 64).floor()[:, 0].tolist() == [[5, 20], [15, 20], [25, 20]]
+    spectral = run(tiny, folder, tmp_path / 'b', saliency='spectral', **kwargs)
+    one_by_one = run(tiny, folder, tmp_path / 'c', saliency='spectral', **{**kwargs, 'batch_size': 1})
+    torch.testing.assert_close(spectral.positions, one_by_one.positions, rtol=0, atol=1e-6)
+
+
 def test_mistakes_name_their_place(tiny, tmp_path):
     with pytest.raises(FileNotFoundError, match='there is no folder'):
         open_dataset(tiny, str(tmp_path / 'none'))

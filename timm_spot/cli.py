@@ -165,6 +165,7 @@ def _save_figure(figure: Figure, path: Path) -> None:
 @click.option('--class-map', default='', help="Names of the model's classes in order, one a line, for a folder.")
 @click.option('--n-tokens', type=int, help='Budget; by default that of the model.')
 @click.option('--init', default='isotropic', show_default=True, help='Sampler of the start.')
+@click.option('--saliency', metavar='spectral|attention:NAME|FOLDER', help='Maps for a salient --init.')
 @click.option('--objective', type=click.Choice(list(OBJECTIVES)), default='label', show_default=True)
 @click.option('--steps', type=int, default=5, show_default=True)
 @click.option('--lr', type=float, default=3e-3, show_default=True)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .oracle import OracleResult, optimize_positions, starting_positions
 from .predict import load_image, model_transform
+from .saliency_maps import saliency_source
 
 _HEADER = 'timm_spot'
 
@@ -83,6 +84,7 @@ def run_oracle(
         *,
         labels: bool = True,
         init: str = 'isotropic',
+        saliency: Optional[str] = None,
         n_tokens: Optional[int] = None,
         batch_size: int = 32,
         seed: int = 0,
@@ -101,6 +103,7 @@ def run_oracle(
         out: The safetensors file to write, see `OracleResult`.
         labels: Whether the dataset's labels are used.
         init: Sampler of the start; stochastic ones draw for each image by `seed` and its index in the dataset.
+        saliency: Where the maps of a salient `init` come from, see `saliency_source`; by default the model's own.
         n_tokens: Budget, by default the model's.
         batch_size: Images searched at a time, and the size of a part.
         seed: For stochastic samplers.
@@ -122,8 +125,8 @@ def run_oracle(
         raise ValueError('dataset is empty, or does not know its length.')
     settings = dict(
         model=model.pretrained_cfg.get('architecture'), weights=_digest(model), images=getattr(dataset, 'names', count),
-        transform=repr(getattr(dataset, 'transform', None)), labels=labels, init=init, n_tokens=n_tokens,
-        batch_size=batch_size, seed=seed, search=search)
+        transform=repr(getattr(dataset, 'transform', None)), labels=labels, init=init, saliency=saliency,
+        n_tokens=n_tokens, batch_size=batch_size, seed=seed, search=search)
     settings = json.loads(json.dumps(settings, default=str))
     if out.exists():
         with safe_open(out, 'pt') as file:
@@ -143,12 +146,16 @@ def run_oracle(
         if progress is not None:
             progress(count - sum(min(batch_size, count - i * batch_size) for i in missing))
         device = next(model.parameters()).device
+        read_maps = saliency_source(saliency, model, model_transform(model)) if saliency else None
         for i, images, targets in _batches(dataset, batch_size, missing, workers):
             images, first = images.to(device), i * batch_size
             generators = [torch.Generator().manual_seed(1_000_003 * seed + first + j) for j in range(len(images))]
+            maps = [None] * len(images)
+            if read_maps is not None:
+                maps = read_maps(images, _paths(dataset, first, len(images)))
             start = torch.cat([
-                starting_positions(model, image[None], init, n_tokens, generator=generator)
-                for image, generator in zip(images, generators)])
+                starting_positions(model, image[None], init, n_tokens, saliency_map, generator)
+                for image, saliency_map, generator in zip(images, maps, generators)])
             try:
                 result = optimize_positions(model, images, targets if labels else None, init=start, **search)
             except ValueError as e:
@@ -180,6 +187,11 @@ def _batches(
         rows = [range(i * batch_size, min((i + 1) * batch_size, len(dataset))) for i in wanted]
         for i, (images, targets) in zip(wanted, DataLoader(dataset, batch_sampler=rows, num_workers=workers)):
             yield i, images, targets
+
+
+def _paths(dataset: Dataset, first: int, count: int) -> List[str]:
+    """Files of `count` images, by which a folder of maps finds theirs; other datasets than folders have none."""
+    return [path for path, _ in dataset.samples[first:first + count]] if isinstance(dataset, _Pictures) else []
 
 
 def _digest(model: nn.Module) -> str:
