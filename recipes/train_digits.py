@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 import click
 import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
@@ -115,12 +116,24 @@ def write(model: torch.nn.Module, out: Path, table: Dict[str, List[float]], comm
 @click.option('--lr', default=1.2e-3, show_default=True)
 @click.option('--weight-decay', default=0.05, show_default=True)
 @click.option('--seed', default=0, show_default=True)
-def main(out: Path, steps: int, batch_size: int, lr: float, weight_decay: float, seed: int) -> None:
+@click.option('--start', type=click.Path(exists=True, path_type=Path), help='Weights of an earlier run to go on from.')
+def main(
+        out: Path,
+        steps: int,
+        batch_size: int,
+        lr: float,
+        weight_decay: float,
+        seed: int,
+        start: Optional[Path],
+) -> None:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     digits, labels = load_digits('train')
     model = timm.create_model(NAME, sampler='uniform', weight_init='jax')
-    start_from_sines(model.patch_embed)
+    if start is None:
+        start_from_sines(model.patch_embed)
+    else:
+        load_checkpoint(model, str(start))
     optimizer = create_optimizer_v2(model, 'adamw', lr=lr, weight_decay=weight_decay)
     warmup = min(400, steps // 10)
     scheduler = CosineLRScheduler(optimizer, steps, warmup_t=warmup, warmup_lr_init=1e-5, t_in_epochs=False)
@@ -150,7 +163,7 @@ def main(out: Path, steps: int, batch_size: int, lr: float, weight_decay: float,
     shipped.load_state_dict({k: v.half().float() for k, v in shipped.state_dict().items()})
     table = evaluate(shipped)
     command = f'python recipes/train_digits.py --out {out} --steps {steps} --batch-size {batch_size} --lr {lr}'
-    command += f' --weight-decay {weight_decay} --seed {seed}'
+    command += f' --weight-decay {weight_decay} --seed {seed}' + (f' --start {start}' if start else '')
     write(shipped, out, table, command, (time.time() - begin) / 60)
     click.echo(format_table(table))
 
