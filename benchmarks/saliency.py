@@ -21,7 +21,7 @@ from PIL import Image
 
 import timm_spot
 from timm_spot.ops import spectral_residual
-from timm_spot.tasks.digits import draw_canvases, load_digits
+from timm_spot.tasks.digits import draw_canvases, load_digits, to_input
 
 PHOTO = Path(__file__).parent.parent / 'examples' / 'photos' / 'cowbike.jpg'
 BUDGETS = (9, 16, 25, 49)
@@ -51,7 +51,6 @@ def measure_time(repeats: int) -> str:
 @torch.inference_mode()
 def measure_accuracy() -> str:
     model = timm.create_model('spot_vit_pico_patch8_64', pretrained=True).eval()
-    mean, std = model.pretrained_cfg['mean'][0], model.pretrained_cfg['std'][0]
     digits, labels = load_digits('held_out')
     generator = torch.Generator().manual_seed(1)
     canvases = [draw_canvases(digits, generator) for _ in range(CANVASES_PER_DIGIT)]
@@ -62,7 +61,7 @@ def measure_accuracy() -> str:
             generator = torch.Generator().manual_seed(0)
             correct = 0
             for batch in canvases:
-                images = ((batch.float() / 255 - mean) / std)[:, None].expand(-1, 3, -1, -1)
+                images = to_input(batch, model)
                 positions = timm_spot.sample_positions(
                     prior, n_tokens, (64, 64), len(images), saliency=spectral_residual(images), generator=generator)
                 correct += (model(images, positions).argmax(dim=1) == labels).sum().item()

@@ -15,7 +15,7 @@ from PIL import Image
 
 import timm_spot
 from timm_spot.ops import spectral_residual
-from timm_spot.tasks.digits import draw_canvases, load_digits
+from timm_spot.tasks.digits import draw_canvases, load_digits, to_input
 from timm_spot.tasks.draw import animate, draw_placement, draw_priors, draw_seen, draw_trajectory, to_picture
 
 if TYPE_CHECKING:
@@ -45,11 +45,10 @@ def main() -> None:
 
     # The digit on which a search for a better placement of 9 tokens gains most.
     model = timm.create_model('spot_vit_pico_patch8_64', pretrained=True, n_tokens=9).eval()
-    mean, std = model.pretrained_cfg['mean'][0], model.pretrained_cfg['std'][0]
     digits, labels = load_digits('held_out')
     canvases = draw_canvases(digits[:64], torch.Generator().manual_seed(0))
-    inputs = ((canvases.float() / 255 - mean) / std)[:, None].expand(-1, 3, -1, -1)
-    result = timm_spot.optimize_positions(model, inputs, labels[:64], steps=40, lr=1e-2, bounds='clamp')
+    result = timm_spot.optimize_positions(
+        model, to_input(canvases, model), labels[:64], steps=40, lr=1e-2, bounds='clamp')
     index = (result.losses[:, 0] - result.losses[:, -1]).argmax().item()
     save(draw_trajectory(canvases[index, None], result, index)[0].figure, 'trajectory')
     animate(canvases[index, None], result, 8, IMAGES / 'search.gif', index)

@@ -14,14 +14,8 @@ import timm
 import torch
 
 import timm_spot
-from timm_spot.tasks.digits import draw_canvases, load_digits
+from timm_spot.tasks.digits import draw_canvases, load_digits, to_input
 from timm_spot.tasks.objectives import OBJECTIVES
-
-
-def to_input(canvases: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
-    """uint8 (B, 64, 64) to the model's input, (B, 3, 64, 64)."""
-    mean, std = (model.pretrained_cfg[key][0] for key in ('mean', 'std'))
-    return ((canvases.float() / 255 - mean) / std)[:, None].repeat(1, 3, 1, 1)
 
 
 def draw(model: torch.nn.Module, split: str, digits: int, canvases: int) -> Tuple[torch.Tensor, torch.Tensor]:

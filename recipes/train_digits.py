@@ -26,19 +26,13 @@ from timm.utils import ModelEmaV3
 import timm_spot
 from timm_spot.models.subpixel_embed import patch_sigma
 from timm_spot.ops import fit_position_weights
-from timm_spot.tasks.digits import draw_canvases, load_digits
+from timm_spot.tasks.digits import draw_canvases, load_digits, to_input
 
 NAME = 'spot_vit_pico_patch8_64'
 BUDGETS = (9, 16, 25, 49, 64)
 PLACEMENTS = ('random patches', 'uniform', 'isotropic', 'center')
 TRAIN_CANVASES_PER_DIGIT = 40  # drawn once: a step then costs the model only
 CANVASES_PER_DIGIT = 10  # in the held-out evaluation
-
-
-def to_input(canvases: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, 64, 64) to what the model's data config makes of the saved picture, (B, 3, 64, 64)."""
-    cfg = timm.get_pretrained_cfg(NAME)
-    return ((canvases.float() / 255 - cfg.mean[0]) / cfg.std[0])[:, None].expand(-1, 3, -1, -1)
 
 
 @torch.no_grad()
@@ -66,7 +60,7 @@ def evaluate(model: torch.nn.Module) -> Dict[str, List[float]]:
     """Accuracy in percent on canvases of held-out digits, for each placement at each budget."""
     digits, labels = load_digits('held_out')
     generator = torch.Generator().manual_seed(1)
-    canvases = [to_input(draw_canvases(digits, generator)) for _ in range(CANVASES_PER_DIGIT)]
+    canvases = [to_input(draw_canvases(digits, generator), model) for _ in range(CANVASES_PER_DIGIT)]
     table = {}
     for placement in PLACEMENTS:
         table[placement] = []
@@ -147,7 +141,7 @@ def main(
         chosen = torch.randint(len(labels), (batch_size,), generator=generator)
         n_tokens = int(9 * (65 / 9) ** torch.rand((), generator=generator).item())
         model.set_placement(n_tokens=n_tokens)
-        loss = F.cross_entropy(model(to_input(canvases[chosen])), labels[chosen], label_smoothing=0.05)
+        loss = F.cross_entropy(model(to_input(canvases[chosen], model)), labels[chosen], label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -11,6 +11,7 @@ from typing import Tuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 CANVAS = 64
 _STROKES = 3
@@ -83,3 +84,9 @@ def draw_canvases(digits: torch.Tensor, generator: torch.Generator, distort: boo
 
     noise = torch.empty(B, CANVAS, CANVAS).normal_(0, 0.06, generator=generator)
     return ((canvas + noise).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def to_input(canvases: torch.Tensor, model: nn.Module) -> torch.Tensor:
+    """Canvases (B, 64, 64) of uint8 to the input (B, 3, 64, 64) that a model's own transform makes of such pictures."""
+    mean, std = model.pretrained_cfg['mean'][0], model.pretrained_cfg['std'][0]
+    return ((canvases.float() / 255 - mean) / std)[:, None].expand(-1, 3, -1, -1)
