@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 CANVAS = 64
-_STROKES = 3
+_STROKES = 4
 
 
 def load_digits(split: str) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -39,7 +39,7 @@ def load_digits(split: str) -> Tuple[torch.Tensor, torch.Tensor]:
 def draw_canvases(digits: torch.Tensor, generator: torch.Generator, distort: bool = False) -> torch.Tensor:
     """Put each digit on a canvas of its own.
 
-    A digit is enlarged to 24-40 px and lies wholly inside the canvas; up to three strokes of 5-14 px and Gaussian
+    A digit is enlarged to 24-40 px and lies wholly inside the canvas; up to four strokes of 6-20 px and Gaussian
     noise are added.
 
     Args:
@@ -61,8 +61,8 @@ def draw_canvases(digits: torch.Tensor, generator: torch.Generator, distort: boo
     pixel = torch.stack(torch.meshgrid(torch.arange(CANVAS), torch.arange(CANVAS), indexing='xy'), dim=-1) + 0.5
     points = (pixel[None] - centre[:, None, None]) / (side[:, None, None] / 2)
     if distort:
-        turn, shear = uniform(-0.15, 0.15), uniform(-0.1, 0.1)
-        stretch = uniform(0.92, 1.08, 2)
+        turn, shear = uniform(-0.3, 0.3), uniform(-0.2, 0.2)
+        stretch = uniform(0.85, 1.15, 2)
         matrix = torch.stack([
             torch.stack([turn.cos(), -turn.sin() + shear], dim=-1),
             torch.stack([turn.sin(), turn.cos()], dim=-1)], dim=1) * stretch[:, None]
@@ -71,7 +71,7 @@ def draw_canvases(digits: torch.Tensor, generator: torch.Generator, distort: boo
     canvas = ink.clamp(0, 1) * uniform(0.7, 1.0, 1, 1)
 
     start = uniform(0, CANVAS, _STROKES, 2)
-    angle, length = uniform(0, 2 * math.pi, _STROKES), uniform(5, 14, _STROKES)
+    angle, length = uniform(0, 2 * math.pi, _STROKES), uniform(6, 20, _STROKES)
     step = torch.stack([angle.cos(), angle.sin()], dim=-1) * length[..., None]
     strength = uniform(0.4, 0.9, _STROKES) * (uniform(0, 1, _STROKES) < 0.75)
     width = uniform(0.5, 1.2, _STROKES)
@@ -82,7 +82,7 @@ def draw_canvases(digits: torch.Tensor, generator: torch.Generator, distort: boo
         stroke = (width[:, i, None, None] + 0.5 - distance).clamp(0, 1) * strength[:, i, None, None]
         canvas = torch.maximum(canvas, stroke)
 
-    noise = torch.empty(B, CANVAS, CANVAS).normal_(0, 0.06, generator=generator)
+    noise = torch.empty(B, CANVAS, CANVAS).normal_(0, 0.08, generator=generator)
     return ((canvas + noise).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
