@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import timm_spot
 from timm_spot.ops import windows
-from timm_spot.tasks.digits import CANVAS, draw_canvases, load_digits
+from timm_spot.tasks.digits import CANVAS, draw_canvases, load_digits, to_input
 
 
 class PlainWindows:
@@ -61,8 +61,7 @@ def main(n_tokens: int, canvases: int, noise: float, steps: int, lr: float) -> N
     model = timm.create_model('spot_vit_pico_patch8_64', pretrained=True).eval().requires_grad_(False)
     digits, targets = load_digits('held_out')
     canvas = draw_canvases(digits[:canvases], torch.Generator().manual_seed(3))
-    mean, std = (model.pretrained_cfg[key][0] for key in ('mean', 'std'))
-    images, targets = ((canvas.float() / 255 - mean) / std)[:, None].repeat(1, 3, 1, 1), targets[:canvases]
+    images, targets = to_input(canvas, model), targets[:canvases]
     grid = timm_spot.sample_positions('grid', n_tokens, (CANVAS, CANVAS), window=model.patch_embed.window)[0]
     click.echo(f'{canvases} held-out canvases, {n_tokens} tokens, {steps} steps, lr {lr}')
     click.echo('| derivative | start | agreement in sign, % | coordinates compared | loss before | loss after |')

@@ -277,7 +277,7 @@ def test_only_whole_model_folders_are_pushed(folder, tmp_path):
 
 def test_repository_needs_an_organisation(folder):
     for name in ('name', 'a/b/c', 'lab/na me', 'lab/'):
-        with pytest.raises(ValueError, match='repo'):
+        with pytest.raises(ValueError, match=r'[Rr]epo'):
             push_folder(folder, name)
 
 
