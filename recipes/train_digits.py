@@ -95,8 +95,8 @@ def write(model: torch.nn.Module, out: Path, table: Dict[str, List[float]], comm
         "**Data.** scikit-learn's `load_digits` (UCI, *Optical Recognition of Handwritten Digits*, CC BY 4.0): "
         f'{trained:,} digits to train; every fifth, {held_out} in all, held out. Each is enlarged to 24-40 px at a '
         'random place of a canvas with noise and up to four stray strokes (`timm_spot/tasks/digits.py`).\n\n'
-        '**Training.** Uniform random placements (independent in half of the batches, Sobol points in the others), anew '
-        'for each canvas, at a random budget of 9 to 64 tokens for each batch (log-uniform). '
+        '**Training.** Uniform random placements (independent in half of the batches, Sobol points in the others), '
+        'anew for each canvas, at a random budget of 9 to 64 tokens for each batch (log-uniform). '
         f'`{command}`, {minutes:.0f} minutes.\n\n'
         f'**Accuracy** in percent on {held_out * CANVASES_PER_DIGIT:,} canvases of held-out digits '
         f"({CANVASES_PER_DIGIT} of each); 'random patches' are n of the 64 patches of the grid, as when a ViT drops "
