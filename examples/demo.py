@@ -11,7 +11,7 @@ import torch
 
 import timm_spot
 from timm_spot.tasks.draw import draw_placement
-from timm_spot.tasks.predict import find_images, load_image, model_transform
+from timm_spot.tasks.predict import denormalize, find_images, load_image, model_transform
 
 plt.switch_backend('Agg')
 HERE = Path(__file__).parent
@@ -28,14 +28,13 @@ def read_digits() -> None:
     images = torch.stack([load_image(f, transform) for f in files])
     print(f'{len(files)} canvases of handwritten digits never seen in training, spot_vit_pico_patch8_64.digits:')
     figure, axes = plt.subplots(len(BUDGETS), 6, figsize=(9, 4.6), layout='constrained')
-    std, mean = model.pretrained_cfg['std'][0], model.pretrained_cfg['mean'][0]
     for n_tokens, row in zip(BUDGETS, axes):
         model.set_placement(n_tokens=n_tokens)
         with torch.inference_mode():
             answers = model(images).argmax(dim=1)
         print(f'  {n_tokens:3d} tokens: {(answers == labels).sum()} of {len(files)} right')
         for image, positions, answer, label, ax in zip(images, model.place(images), answers, labels, row):
-            draw_placement((image * std + mean).clamp(0, 1), positions, model.patch_embed.window, ax=ax)
+            draw_placement(denormalize(model, image), positions, model.patch_embed.window, ax=ax)
             ax.set_title(f'{answer}', color='black' if answer == label else 'red', fontsize=9)
         row[0].set_ylabel(f'{n_tokens} tokens')
     figure.savefig(PICTURE, dpi=120)

@@ -5,7 +5,7 @@ import timm
 import torch
 from PIL import Image
 
-from timm_spot.tasks.predict import class_names, find_images, load_image, model_transform, predict
+from timm_spot.tasks.predict import class_names, denormalize, find_images, load_image, model_transform, predict
 
 
 @pytest.fixture
@@ -68,3 +68,11 @@ def test_predict_sorts_classes(pico):
         assert [s.label for s in row] == expected.topk(3).indices.tolist()
         assert row[0].probability == pytest.approx(expected.max().item())
     assert len(predict(pico, images, class_names(pico), topk=99)[0]) == 10
+
+
+def test_denormalize_undoes_the_transform_of_a_picture():
+    model = timm.create_model('spot_vit_pico_patch8_64', pretrained=True)
+    picture = torch.rand(2, 3, 64, 64)
+    images = (picture - 0.1) / 0.25  # the mean and std of the digits model
+    torch.testing.assert_close(denormalize(model, images), picture)
+    assert denormalize(model, torch.full((3, 64, 64), 9.)).max() == 1

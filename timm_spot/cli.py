@@ -135,16 +135,8 @@ def _picture_path(path: Path, file: Path, n_files: int) -> Path:
 def _save_placement(model: nn.Module, image: torch.Tensor, positions: torch.Tensor, path: Path) -> None:
     from .tasks.draw import draw_placement
 
-    embed = model.patch_embed
-    _save_figure(
-        draw_placement(_denormalize(model, image), positions, embed.window, convention=embed.convention).figure, path)
-
-
-def _denormalize(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
-    """What the model sees of a picture, in [0, 1]."""
-    cfg = model.pretrained_cfg
-    mean, std = (torch.tensor(cfg[key]).view(-1, 1, 1) for key in ('mean', 'std'))
-    return (image * std + mean).clamp(0., 1.)
+    embed, picture = model.patch_embed, prediction.denormalize(model, image)
+    _save_figure(draw_placement(picture, positions, embed.window, convention=embed.convention).figure, path)
 
 
 def _save_figure(figure: Figure, path: Path) -> None:
@@ -330,7 +322,7 @@ def draw(
         model = create_model(name, weights, n_tokens=n_tokens)
         transform, embed = prediction.model_transform(model), model.patch_embed
         batch = prediction.load_image(image, transform)[None]
-        picture = _denormalize(model, batch[0])
+        picture = prediction.denormalize(model, batch[0])
         if kind == 'priors':
             _save_figure(draw_priors(picture, n_tokens or 25, embed.window)[0, 0].figure, out)
             return

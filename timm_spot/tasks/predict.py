@@ -62,6 +62,13 @@ def load_image(path: Path, transform: Callable[[Image.Image], torch.Tensor]) -> 
         raise ValueError(f'{path} is damaged: {e}.') from e
 
 
+def denormalize(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What a model sees of pictures: normalised images (..., C, H, W) back in [0, 1]."""
+    cfg = model.pretrained_cfg
+    mean, std = (torch.tensor(cfg[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+    return (images * std + mean).clamp(0., 1.)
+
+
 def class_names(model: nn.Module) -> List[str]:
     """Names of a model's classes: its config's own, else timm's ImageNet tables, else the numbers."""
     names = model.pretrained_cfg.get('label_names')
