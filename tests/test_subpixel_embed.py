@@ -92,6 +92,16 @@ def test_saliency_of_a_model():
         SubpixelEmbed(patch_size=8, embed_dim=16, n_tokens=6, sampler='salient')
 
 
+def test_a_network_as_saliency_adds_no_weights_to_the_model():
+    embed = SubpixelEmbed(patch_size=8, embed_dim=16, n_tokens=6, sampler='salient', saliency=lambda x: x.mean(dim=1))
+    names = set(embed.state_dict())
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Softplus(), torch.nn.Flatten(1, 2))
+    embed.set_placement(saliency=network)
+    assert set(embed.state_dict()) == names
+    assert embed.saliency is network
+    assert embed.place(torch.rand(2, 3, 32, 32)).shape == (2, 6, 2)
+
+
 def test_saliency_of_another_batch_size_is_refused():
     maps = torch.ones(2, 32, 32)
     embed = SubpixelEmbed(patch_size=8, embed_dim=16, n_tokens=6, sampler='salient', saliency=maps).eval()

@@ -185,7 +185,7 @@ class SubpixelEmbed(nn.Module):
                 raise TypeError(
                     "saliency must be 'spectral_residual', a function from images to maps or a map of shape (B, H, W), "
                     f'got {saliency!r}.')
-            self.saliency = saliency
+            self.__dict__['saliency'] = saliency  # a network that gives maps is no part of this one
         if sampler is not None:
             if 'saliency' in get_sampler(sampler).keywords and self.saliency is None:
                 raise ValueError(
