@@ -15,8 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.optim import create_optimizer_v2
 from timm.optim._param_groups import param_groups_layer_decay
-from timm.task import ClassificationTask, LogitDistillationTask
+from timm.task import ClassificationTask, LogitDistillationTask, resume_task_checkpoint
+from timm.utils import CheckpointSaver
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from timm_spot.models import SubpixelEmbed
 from timm_spot.ops.samplers import check_budgets
 
 PICO = 'spot_vit_pico_patch8_64'
@@ -93,14 +96,8 @@ def test_check_budgets(low, extra):
 
 @given(low=st.integers(1, 100), extra=st.integers(1, 100), seed=st.integers(0, 2 ** 31))
 def test_random_budgets_stay_within_bounds(low, extra, seed):
-    embed = timm_embed(low, low + extra, seed)
+    embed = SubpixelEmbed(patch_size=8, embed_dim=4, n_tokens=(low, low + extra), sampler='uniform', seed=seed).train()
     assert low <= embed.place(torch.zeros(1, 3, 8, 8)).shape[1] <= low + extra
-
-
-def timm_embed(low, high, seed):
-    from timm_spot.models import SubpixelEmbed
-
-    return SubpixelEmbed(patch_size=8, embed_dim=4, n_tokens=(low, high), sampler='uniform', seed=seed).train()
 
 
 def test_a_saved_model_keeps_both_budgets(tmp_path):
@@ -131,7 +128,7 @@ def test_random_budgets_compile():
     torch._dynamo.reset()
     model = create(n_tokens=(9, 64), depth=1).train()
     plain = create(n_tokens=(9, 64), depth=1).train()
-    backend = torch._dynamo.testing.CompileCounterWithBackend('aot_eager')
+    backend = CompileCounterWithBackend('aot_eager')
     compiled = torch.compile(model, backend=backend)
     images = torch.randn(2, 3, 64, 64)
     for _ in range(8):
@@ -253,9 +250,6 @@ def test_one_and_two_processes_give_the_same_losses(tmp_path):
 
 
 def test_resumes_as_timm_s_script_does(tmp_path):
-    from timm.task import resume_task_checkpoint
-    from timm.utils import CheckpointSaver
-
     def step(task, optimizer):
         images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
         task(images, torch.tensor([1, 2, 3, 4]))['loss'].backward()

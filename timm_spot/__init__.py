@@ -24,6 +24,7 @@ _TASKS = {
     'animate': 'draw',
     'draw_placement': 'draw',
     'draw_priors': 'draw',
+    'draw_reconstruction': 'draw',
     'draw_seen': 'draw',
     'draw_trajectory': 'draw',
     'load_saliency': 'saliency_maps',

@@ -258,7 +258,7 @@ class SubpixelEmbed(nn.Module):
             name, (low, n_tokens) = self.train_sampler, self.train_n_tokens or (None, None)
             if low != n_tokens:
                 raise ValueError(
-                    f"n_tokens=({low}, {n_tokens}) draws a budget for each training batch, whose feature map is not known "
+                    f"n_tokens=({low}, {n_tokens}) draws a budget for each training batch, no feature map is known "
                     "before: use output_fmt='NLC'.")
         n_tokens = _budget(n_tokens, self.window, (img_size[0], img_size[1]))
         shape = None
