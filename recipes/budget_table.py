@@ -124,12 +124,12 @@ def format_table(runs: Dict[str, List[float]]) -> str:
 @click.option('--steps', default=300, show_default=True)
 @click.option('--batch-size', default=64, show_default=True)
 @click.option('--lr', default=1e-2, show_default=True)
-@click.option('--seeds', default=3, show_default=True)
-def main(out: Path, steps: int, batch_size: int, lr: float, seeds: int) -> None:
+@click.option('--seed', 'seeds', multiple=True, default=(0, 1, 2), show_default=True)
+def main(out: Path, steps: int, batch_size: int, lr: float, seeds: Tuple[int, ...]) -> None:
     # In bfloat16, timm's default, the orthogonalisation takes three times as long on a CPU without AMX.
     muon.zeropower_via_newtonschulz = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
     runs = json.loads(out.read_text()) if out.exists() else {}
-    for seed in range(seeds):
+    for seed in seeds:
         teacher = None
         for arm in ('fixed at 64', 'random 9-64', 'fixed at 25', 'random 9-64, self-distilled'):
             key = f'{arm}, seed {seed}'

@@ -124,6 +124,7 @@ def test_no_map_of_a_random_budget():
     model.eval().forward_intermediates(torch.randn(1, 3, 64, 64))
 
 
+@pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor')  # torch's, at the break before the placement
 def test_random_budgets_compile():
     torch._dynamo.reset()
     model = create(n_tokens=(9, 64), depth=1).train()
@@ -131,9 +132,11 @@ def test_random_budgets_compile():
     backend = CompileCounterWithBackend('aot_eager')
     compiled = torch.compile(model, backend=backend)
     images = torch.randn(2, 3, 64, 64)
+    graphs = []
     for _ in range(8):
         torch.testing.assert_close(compiled(images), plain(images))
-    assert backend.frame_count <= 4  # once for the first budget and once for all others, not for each of the eight
+        graphs.append(backend.frame_count)
+    assert graphs[1:] == [graphs[1]] * 7  # once for the first budget, once for all others
 
 
 @pytest.mark.parametrize('train_only, name', [('position', 'patch_embed.pos_proj.weight'), ('head', 'head.weight')])
