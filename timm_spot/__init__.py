@@ -10,6 +10,7 @@ from typing import Any, List
 
 from . import models as models
 from .models.attention_saliency import attention_saliency as attention_saliency
+from .models.relevance_vit import sparsify as sparsify
 from .models.retrofit import retrofit as retrofit
 from .ops import list_samplers as list_samplers
 from .ops import register_sampler as register_sampler

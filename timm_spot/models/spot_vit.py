@@ -134,7 +134,7 @@ class SubpixelVisionTransformer(VisionTransformer):
             prefix.append(self.reg_token.expand(x.shape[0], -1, -1))
         return self.pos_drop(torch.cat(prefix + [x], dim=1))
 
-    def _embed(self, x: torch.Tensor, positions: Optional[torch.Tensor]) -> torch.Tensor:
+    def _embed(self, x: torch.Tensor, positions: Optional[torch.Tensor] = None) -> torch.Tensor:
         x = self.patch_embed(x, positions)
         x = self._pos_embed(x)
         x = self.patch_drop(x)
@@ -345,6 +345,7 @@ def _create_spot_vit(
         variant: str,
         pretrained: bool = False,
         model_cls: Callable[..., SubpixelVisionTransformer] = SubpixelVisionTransformer,
+        filter_fn: Callable[..., Dict[str, torch.Tensor]] = checkpoint_filter_fn,
         **kwargs: Any,
 ) -> SubpixelVisionTransformer:
     overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
@@ -376,7 +377,7 @@ def _create_spot_vit(
             pretrained,
             # timm's loaders of saved configs know no fields but their own: the placement is saved as model arguments.
             pretrained_cfg=PretrainedCfg(**{name: getattr(cfg, name) for name in _TIMM_FIELDS}),
-            pretrained_filter_fn=checkpoint_filter_fn,
+            pretrained_filter_fn=filter_fn,
             feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
             **kwargs,
         )
