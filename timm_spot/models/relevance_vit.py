@@ -547,7 +547,7 @@ def _describe(vit: VisionTransformer, backbone: str) -> Dict[str, Any]:
 
 
 def relevance_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """`checkpoint_filter_fn` of the backbone; where a checkpoint has no predictors, as its own has not, they are fresh."""
+    """The filter of the backbone's checkpoints; where one has no predictors, they stay fresh."""
     if isinstance(model, SubpixelVisionTransformer):
         state_dict = checkpoint_filter_fn(state_dict, model)
     else:
@@ -578,7 +578,8 @@ def _create_relevance_vit(
         model_cls: Callable[..., nn.Module] = RelevanceVisionTransformer,
         **kwargs: Any,
 ) -> nn.Module:
-    cfg = resolve_pretrained_cfg(variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
+    overlay = kwargs.pop('pretrained_cfg_overlay', None)
+    cfg = resolve_pretrained_cfg(variant, kwargs.pop('pretrained_cfg', None), overlay)
     if pretrained:
         check_download(cfg, kwargs.get('cache_dir'))
     return build_model_with_cfg(
