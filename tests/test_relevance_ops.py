@@ -130,7 +130,7 @@ def test_keep_rates_that_are_refused(keep_rate):
 
 
 def test_a_keep_rate_is_a_number():
-    with pytest.raises(TypeError, match="keep_rate must be a number, got '0.7'"):
+    with pytest.raises(TypeError, match=r"keep_rate must be a number, got '0\.7'"):
         check_keep_rate('0.7')
     with pytest.raises(TypeError, match='got True'):
         check_keep_rate(True)

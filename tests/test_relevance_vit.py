@@ -201,7 +201,7 @@ def test_features_are_those_of_the_tokens_left():
         assert set(result) == {'image_intermediates', 'image_intermediates_prefix'}
         assert torch.equal(result['image_intermediates'][0], model.norm(features[1]))
         assert result['image_intermediates_prefix'][0].shape == (3, 2, 32)
-        with pytest.raises(ValueError, match="the tokens left at keep_rate=0.5 form no feature map.*'NLC'"):
+        with pytest.raises(ValueError, match=r"the tokens left at keep_rate=0\.5 form no feature map.*'NLC'"):
             model.forward_intermediates(images())
         model.set_keep_rate(1)
         assert model.forward_intermediates(images(), intermediates_only=True)[0].shape == (3, 32, 4, 4)
@@ -224,7 +224,7 @@ def test_predictors_are_small(name, read):
 
 @pytest.mark.parametrize('keywords, error, message', [
     (dict(keep_rate=0), ValueError, 'keep_rate=0 must be greater than 0'),
-    (dict(keep_rate=1.5), ValueError, 'keep_rate=1.5 must be'),
+    (dict(keep_rate=1.5), ValueError, r'keep_rate=1\.5 must be'),
     (dict(stages=(1, 4)), ValueError, r'stages=\(1, 4\) must be .* to 3 \(the model has 4 blocks\)'),
     (dict(stages=(2, 1)), ValueError, 'in rising order'),
     (dict(stages=(2, 2)), ValueError, 'in rising order'),

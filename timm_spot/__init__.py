@@ -25,12 +25,14 @@ _TASKS = {
     'animate': 'draw',
     'draw_placement': 'draw',
     'draw_priors': 'draw',
+    'draw_pruning': 'draw',
     'draw_seen': 'draw',
     'draw_trajectory': 'draw',
     'load_saliency': 'saliency_maps',
     'OracleResult': 'oracle',
     'optimize_positions': 'oracle',
     'push_to_hub': 'hub',
+    'RelevanceTask': 'relevance',
 }
 
 
