@@ -65,8 +65,10 @@ def main(
     for name in names:
         dense = timm.create_model(name).eval()
         models = {'dense': dense}
-        for scorer, read in (('relevance', 'all'), ('relevance', 'last'), ('cls-attention', 'last'), ('random', 'last')):
-            models[f'{scorer}, {read}'] = timm_spot.sparsify(dense, keep_rate, scorer=scorer, read=read)
+        for read in ('last', 'all'):
+            models[f'relevance, {read}'] = timm_spot.sparsify(dense, keep_rate, read=read)
+        for scorer in ('cls-attention', 'random'):
+            models[scorer] = timm_spot.sparsify(dense, keep_rate, scorer=scorer)
         size = sum(p.numel() for p in dense.parameters())
         for kind, model in models.items():
             added = sum(p.numel() for p in model.parameters()) / size - 1
@@ -81,7 +83,8 @@ def main(
             images = torch.randn(batch_size, 3, 224, 224, device=device, dtype=getattr(torch, dtype))
             times = milliseconds(ready, images, rounds)
             for kind, value in times.items():
-                click.echo(f'{name}  batch {batch_size}  {kind:20}  {value:8.1f} ms  {times["dense"] / value:.2f} x dense')
+                ratio = times['dense'] / value
+                click.echo(f'{name}  batch {batch_size}  {kind:20}  {value:8.1f} ms  {ratio:.2f} x dense')
 
 
 if __name__ == '__main__':

@@ -42,11 +42,10 @@ def train(
         batch_size: int,
         seed: int,
         tune: bool,
-        read: str,
 ) -> torch.nn.Module:
     """A sparse model with trained predictors; `tune` trains the backbone as well."""
     torch.manual_seed(seed)
-    model = timm_spot.sparsify(dense, read=read).train()
+    model = timm_spot.sparsify(dense).train()
     groups = [dict(params=list(model.predictors.parameters()), lr=LR_PREDICTORS)]
     predictors = {id(p) for p in groups[0]['params']}
     backbone = [p for p in model.parameters() if id(p) not in predictors]
@@ -120,8 +119,7 @@ def format_table(rows: List[dict]) -> str:
 @click.option('--batch-size', default=64, show_default=True)
 @click.option('--seeds', default=3, show_default=True)
 @click.option('--canvases-per-digit', default=4, show_default=True, help='Of the held-out digits.')
-@click.option('--read', default='all', show_default=True)
-def main(out: Path, steps: int, batch_size: int, seeds: int, canvases_per_digit: int, read: str) -> None:
+def main(out: Path, steps: int, batch_size: int, seeds: int, canvases_per_digit: int) -> None:
     generator = torch.Generator().manual_seed(0)
     dense = timm.create_model(NAME, pretrained=True).eval()
     digits, labels = load_digits('train')
@@ -130,7 +128,7 @@ def main(out: Path, steps: int, batch_size: int, seeds: int, canvases_per_digit:
     begin = time.process_time()
     # Each name stands for a model of each seed.
     models: Dict[str, List[torch.nn.Module]] = {
-        name: [train(*arguments, n_steps, batch_size, seed, tune, read) for seed in range(seeds)]
+        name: [train(*arguments, n_steps, batch_size, seed, tune) for seed in range(seeds)]
         for name, tune, n_steps in (('relevance', True, steps), ('relevance, backbone frozen', False, steps // 2))}
     click.echo(f'trained in {(time.process_time() - begin) / 60:.1f} CPU minutes')
     for rival in RIVALS:

@@ -4,9 +4,9 @@
     python recipes/train_relevance.py DATA --model deit_small_patch16_224 --keep-rate 0.5 --keep-rate 0.9 --freeze
 
 A script of its own because the loss compares all tokens with the dense model's and counts the masks, while timm's
-train.py (1.0.31) chooses its task from a fixed list and hands each nothing but logits. All else is timm's: datasets,
-loaders, optimisers, schedules, checkpoints, and the training task's base class. DATA is what timm's create_dataset opens;
-one device. Checkpoints and the model folder that is written at the end load by `timm.create_model`.
+train.py (1.0.31) chooses its task from a fixed list of those that see logits. All else is timm's: datasets, loaders,
+optimisers, schedules, checkpoints, and the training task's base class. DATA is what timm's create_dataset opens; one
+device. `timm.create_model('local-dir:OUT/model')` loads what is written at the end.
 """
 from __future__ import annotations
 

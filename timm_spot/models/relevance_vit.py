@@ -82,7 +82,8 @@ class TokenPruning:
             the depth (3, 6, 9 of 12).
         scorer: 'relevance' (a trained predictor at each stage); 'cls-attention' or 'received-attention' of the block
             before; 'norm' of the embedding; 'random'.
-        read: Whose attention the predictors see: 'all' blocks since the previous stage, or the 'last'.
+        read: Whose attention the predictors see: that of the 'last' block before the stage, or of 'all' since the
+            previous one. A block that is read leaves fused attention.
         scorer_seed: Of the scorer 'random', which draws once for each count of tokens.
         **kwargs: Of the ViT.
 
@@ -97,7 +98,7 @@ class TokenPruning:
             keep_rate: float = 0.7,
             stages: Optional[Sequence[int]] = None,
             scorer: str = 'relevance',
-            read: str = 'all',
+            read: str = 'last',
             scorer_seed: int = 0,
             **kwargs: Any,
     ) -> None:
@@ -109,7 +110,7 @@ class TokenPruning:
             keep_rate: float = 0.7,
             stages: Optional[Sequence[int]] = None,
             scorer: str = 'relevance',
-            read: str = 'all',
+            read: str = 'last',
             scorer_seed: int = 0,
     ) -> None:
         """What the constructor adds to a ViT, also called on one that is built already."""
@@ -461,7 +462,7 @@ def sparsify(
         keep_rate: float = 0.7,
         stages: Optional[Sequence[int]] = None,
         scorer: str = 'relevance',
-        read: str = 'all',
+        read: str = 'last',
         scorer_seed: int = 0,
         **model_keywords: Any,
 ) -> Union[RelevanceVisionTransformer, RelevanceSubpixelVisionTransformer]:
@@ -476,7 +477,8 @@ def sparsify(
         stages: Indices of the blocks in front of which tokens fall; by default a quarter, a half and three quarters of
             the depth (3, 6, 9 of 12).
         scorer: 'relevance', 'cls-attention', 'received-attention', 'norm' or 'random', see `TokenPruning`.
-        read: Whose attention the predictors see: 'all' blocks since the previous stage, or the 'last'.
+        read: Whose attention the predictors see: that of the 'last' block before the stage, or of 'all' since the
+            previous one. A block that is read leaves fused attention.
         scorer_seed: Of the scorer 'random'.
         **model_keywords: For a name, what `timm.create_model` takes, such as `pretrained=True`.
 
