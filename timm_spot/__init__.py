@@ -26,6 +26,7 @@ _TASKS = {
     'draw_placement': 'draw',
     'draw_priors': 'draw',
     'draw_pruning': 'draw',
+    'draw_reconstruction': 'draw',
     'draw_seen': 'draw',
     'draw_trajectory': 'draw',
     'load_saliency': 'saliency_maps',

@@ -1,7 +1,10 @@
 """Subpixel ViTs as timm models; importing this package registers them."""
 from . import relevance_vit as relevance_vit
 from . import retrofit as retrofit
+from . import spot_mae as spot_mae
 from .checkpoint import checkpoint_filter_fn as checkpoint_filter_fn
+from .spot_mae import Reconstruction as Reconstruction
+from .spot_mae import SubpixelMAE as SubpixelMAE
 from .spot_vit import SpotPretrainedCfg as SpotPretrainedCfg
 from .spot_vit import SubpixelVisionTransformer as SubpixelVisionTransformer
 from .subpixel_embed import SubpixelEmbed as SubpixelEmbed
