@@ -383,6 +383,8 @@ def _create_spot_vit(
     except SafetensorError as e:
         raise ValueError(f'{cfg.file or cfg.hf_hub_id} is damaged: {e}.') from e
     update_model_args(model, **{name: kwargs[name] for name in _PLACEMENT_FIELDS if name in kwargs})
+    inner = getattr(model, 'model', model)  # features_only=True wraps it
+    inner.patch_embed.set_normalization(cfg.mean, cfg.std)
     return model
 
 

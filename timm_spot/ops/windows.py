@@ -157,6 +157,35 @@ def read_windows(images: torch.Tensor, positions: torch.Tensor, window: int, con
     return out.transpose(1, 2)
 
 
+def gather_blocks(
+        images: torch.Tensor,
+        positions: torch.Tensor,
+        window: int,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The pixels that each window reads (convention `patch`), in the dtype of the images, as small images.
+
+    Reading a window from its block gives what the whole image gives, border and gradient included: a block ends either
+    beyond all pixels of the window and its derivative, or at the image's edge.
+
+    Args:
+        images: (B, C, H, W), at least window + 2 pixels a side.
+        positions: (B, N, 2).
+        window: Side k of the window in pixels.
+
+    Returns:
+        Blocks (B * N, C, k + 2, k + 2), and the positions inside them (B * N, 1, 2).
+    """
+    B, _, H, W = images.shape
+    side = window + 2
+    corner = positions * torch.tensor([H, W], device=positions.device, dtype=positions.dtype)  # in pixels, of the edge
+    start = (corner.detach() - (window + 1) / 2).floor().clamp_(min=0.)
+    start = start.minimum(torch.tensor([H - side, W - side], device=start.device, dtype=start.dtype))
+    y, x = start.long().unbind(dim=-1)
+    every = images.unfold(2, side, 1).unfold(3, side, 1).permute(0, 2, 3, 1, 4, 5)  # views, nothing is copied
+    blocks = every[torch.arange(B, device=images.device)[:, None], y, x]  # B N C side side
+    return blocks.flatten(0, 1), ((corner - start) / side).flatten(0, 1)[:, None]
+
+
 def sample_windows(
         images: torch.Tensor,
         positions: torch.Tensor,
