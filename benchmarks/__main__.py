@@ -28,8 +28,8 @@ SECTIONS = ('tokenizer', 'model', 'oracle', 'files')
 @click.option('--out', type=click.Path(path_type=Path, file_okay=False), default=Path(__file__).parent,
               show_default=True, help='Folder of RESULTS.md, results.json and the plot.')
 @click.option('--threads', default=2, show_default=True)
-@click.option('--seconds', default=20., show_default=True, help='Time for one comparison; it takes two rounds at least.')
-@click.option('--quick', is_flag=True, help='Models of two blocks: shows that everything runs, its figures mean nothing.')
+@click.option('--seconds', default=20., show_default=True, help='For one comparison, two rounds at least.')
+@click.option('--quick', is_flag=True, help='Models of two blocks: does it run? Its figures mean nothing.')
 @click.option('--device', default='cpu', show_default=True)
 @click.option('--tome', default='', help="Folder of a clone of facebookresearch/ToMe, for ToMe's rows.")
 def main(sections: Tuple[str, ...], out: Path, **options: Any) -> None:
@@ -55,8 +55,8 @@ def main(sections: Tuple[str, ...], out: Path, **options: Any) -> None:
 def page(results: Dict[str, Dict[str, Any]]) -> str:
     lines = [
         '# Measured speed', '',
-        'Written by `make bench` (`python -m benchmarks`). Calls that a ratio compares are timed in turn in one process; '
-        'times are medians.', '',
+        'Written by `make bench` (`python -m benchmarks`). Calls that a ratio compares are timed in turn in one '
+        'process; times are medians.', '',
         '## Ratios', '']
     judged = [[*row, results[name]['date']] for name in SECTIONS if name in results for row in results[name]['judged']]
     lines += markdown(['what', 'bar', 'measured', '', 'date'], judged)
@@ -65,7 +65,8 @@ def page(results: Dict[str, Dict[str, Any]]) -> str:
         if name not in results:
             continue
         result = results[name]
-        lines += [f'## {name.capitalize()}', '', f"On {result['machine']}, {result['date']}: `python -m benchmarks {name}`.", '']
+        where = f"On {result['machine']}, {result['date']}: `python -m benchmarks {name}`."
+        lines += [f'## {name.capitalize()}', '', where, '']
         for title, header, rows in result['tables']:
             lines += [f'**{title}**', '', *markdown(header, rows), '']
         if result['curves']:

@@ -2,8 +2,8 @@
 
     python -m benchmarks files
 
-Both paths read with timm's dataset, transforms and loader. The float path normalises as timm does (`use_prefetcher=True`:
-the whole batch, after loading); the uint8 path hands the loader's bytes to the model.
+Both paths read with timm's dataset, transforms and loader. The float path normalises as timm does
+(`use_prefetcher=True`: the whole batch, after loading); the uint8 path hands the loader's bytes to the model.
 """
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_photos(folder: Path, count: int) -> None:
 
 def _shares(section: Section, config: Config, model: torch.nn.Module, folder: str) -> None:
     rows = section.table(
-        f'From JPEG (500 x 375 px) to logits, {N_TOKENS} tokens, float32, batch {BATCH}, one process: ms a batch, share',
+        f'JPEG (500 x 375 px) to logits, {N_TOKENS} tokens, float32, batch {BATCH}, one process: ms a batch, share',
         'images', *STAGES, 'all')
     paths = sorted(Path(folder).glob('photos/*.jpg'))[:BATCH]
     data = resolve_model_data_config(model)
@@ -77,18 +77,19 @@ def _shares(section: Section, config: Config, model: torch.nn.Module, folder: st
     totals = alternate({kind: lambda k=kind: pipeline(k) for kind in transforms}, config)
     for kind, times in stages.items():
         medians = [statistics.median(values[1:]) for values in times.values()]
-        rows.append([kind, *(f'{milliseconds(m)} ({m / sum(medians):.0%})' for m in medians), milliseconds(totals[kind])])
+        shares = [f'{milliseconds(m)} ({m / sum(medians):.0%})' for m in medians]
+        rows.append([kind, *shares, milliseconds(totals[kind])])
     section.judge(
-        'files to logits, 25 tokens, one process: speed of uint8 images over float32', totals['float32'] / totals['uint8'],
-        at_least=1)
+        'files to logits, 25 tokens, one process: speed of uint8 images over float32',
+        totals['float32'] / totals['uint8'], at_least=1)
 
 
 def _loaders(section: Section, config: Config, model: torch.nn.Module, folder: str) -> None:
     dataset = create_dataset('', folder)
     data: Dict[str, Any] = resolve_model_data_config(model)
     rows = section.table(
-        f"timm's loader to logits, {N_TOKENS} tokens, float32, batch {BATCH}, {len(dataset)} JPEGs, images/s", 'workers',
-        'float32 images', 'uint8 images', 'ratio')
+        f"timm's loader to logits, {N_TOKENS} tokens, float32, batch {BATCH}, {len(dataset)} JPEGs, images/s",
+        'workers', 'float32 images', 'uint8 images', 'ratio')
     for workers in (1, 2):
         loader = create_loader(
             dataset, batch_size=BATCH, num_workers=workers, device=torch.device(config.device), **data)
@@ -104,4 +105,4 @@ def _loaders(section: Section, config: Config, model: torch.nn.Module, folder: s
         ratio = t['float32'] / t['uint8']
         rows.append([
             str(workers), *(f'{len(dataset) / t[kind]:.1f}' for kind in kinds), f'{ratio:.2f}'])
-        section.judge(f'the same through timm\'s loader, {workers} workers', ratio, at_least=1)
+        section.judge(f"the same through timm's loader, {workers} workers", ratio, at_least=1)

@@ -26,6 +26,7 @@ _TASKS = {
     'draw_priors': 'draw',
     'draw_seen': 'draw',
     'draw_trajectory': 'draw',
+    'export_model': 'export',
     'load_saliency': 'saliency_maps',
     'OracleResult': 'oracle',
     'optimize_positions': 'oracle',
