@@ -150,7 +150,7 @@ class SubpixelVisionTransformer(VisionTransformer):
         """Images (B, C, H, W) to all tokens after the last block, (B, prefix + N, D).
 
         Args:
-            x: Images.
+            x: Images, normalised, or uint8, which are normalised with the mean and std of the `pretrained_cfg`.
             positions: Placement (B, N, 2) or (N, 2) instead of the sampler's.
             attn_mask: Attention mask, as in timm.
             is_causal: Causal attention, as in timm.
