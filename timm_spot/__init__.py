@@ -29,6 +29,7 @@ _TASKS = {
     'draw_reconstruction': 'draw',
     'draw_seen': 'draw',
     'draw_trajectory': 'draw',
+    'export_model': 'export',
     'load_saliency': 'saliency_maps',
     'OracleResult': 'oracle',
     'optimize_positions': 'oracle',

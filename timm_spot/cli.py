@@ -43,7 +43,7 @@ def clean_errors() -> Iterator[None]:
     """Turn what a user can put right into one line and exit status 1, without a traceback."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, OSError, SafetensorError) as e:
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError, SafetensorError) as e:
         raise click.ClickException(str(e) or type(e).__name__) from e
 
 
@@ -255,6 +255,24 @@ def convert(source: str, dest: Path, model: Optional[str]) -> None:
     with clean_errors():
         click.echo(conversion.convert(source, dest, model))
     click.echo(f'\ntimm.create_model({f"local-dir:{dest}"!r}, pretrained=True)')
+
+
+@main.command()
+@click.argument('name', metavar='MODEL')
+@click.argument('out', type=click.Path(path_type=Path, dir_okay=False), metavar='OUT.onnx|OUT.pt2')
+@click.option('--weights', type=click.Path(), help="Checkpoint: timm_spot's, the authors' or a timm ViT's.")
+@click.option('--n-tokens', type=int, help='Budget; by default that of the model.')
+@click.option('--positions-as-input', is_flag=True, help='Let the placement (B, N, 2), of any budget, be an input.')
+def export(name: str, out: Path, weights: Optional[str], n_tokens: Optional[int], positions_as_input: bool) -> None:
+    """Write MODEL (name, hf-hub:ID or local-dir:PATH) as ONNX or as PyTorch's exported program.
+
+    The batch is dynamic, the image size the model's own. What was written is loaded back and compared.
+    """
+    from .tasks.export import export_model
+
+    with clean_errors():
+        difference = export_model(create_model(name, weights, n_tokens=n_tokens), out, positions_as_input)
+    click.echo(f'{out} ({out.stat().st_size / 1e6:.1f} MB), largest difference to the model {difference:.1g}')
 
 
 @main.command()

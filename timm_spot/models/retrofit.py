@@ -154,6 +154,7 @@ def retrofit_in_place(vit: VisionTransformer, fold: bool, **placement: Any) -> S
     vit._traits = dict(getattr(vit, '_traits', {}), fixed_input_size=False)
     if hasattr(vit, 'pretrained_cfg'):  # built by timm: say how it can be built again
         backbone = vit.pretrained_cfg['architecture']
+        embed.set_normalization(vit.pretrained_cfg['mean'], vit.pretrained_cfg['std'])
         vit.pretrained_cfg = dict(vit.pretrained_cfg, architecture='spot_retrofit', fixed_input_size=False)
         vit.default_cfg = vit.pretrained_cfg
         update_model_args(vit, backbone=backbone, **{k: v for k, v in placement.items() if v is not None})

@@ -171,7 +171,7 @@ class SubpixelVisionTransformer(VisionTransformer):
         """Images (B, C, H, W) to all tokens after the last block, (B, prefix + N, D).
 
         Args:
-            x: Images.
+            x: Images, normalised, or uint8, which are normalised with the mean and std of the `pretrained_cfg`.
             positions: Placement (B, N, 2) or (N, 2) instead of the sampler's.
             attn_mask: Attention mask, as in timm.
             is_causal: Causal attention, as in timm.
@@ -417,6 +417,8 @@ def _create_spot_vit(
     except SafetensorError as e:
         raise ValueError(f'{cfg.file or cfg.hf_hub_id} is damaged: {e}.') from e
     update_model_args(model, **placement)
+    inner = getattr(model, 'model', model)  # features_only=True wraps it
+    inner.patch_embed.set_normalization(cfg.mean, cfg.std)
     if train_only is not None:
         _freeze(model, train_only)
     return model
