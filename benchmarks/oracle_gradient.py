@@ -3,8 +3,8 @@
     python -m benchmarks.oracle_gradient
 
 From the patch grid, where every sample lies on a kink of the interpolation, and from half a pixel beside it: the share
-of coordinates whose gradient has the sign of the loss difference over +-0.5 px (where that exceeds `--noise`), and the
-mean loss that the oracle reaches.
+of coordinates whose gradient has the sign of the loss difference over +-0.5 px (where that exceeds `--noise` times the
+root mean square over the image's coordinates), and the mean loss that the oracle reaches.
 """
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def agreement(
     """Share of coordinates whose gradient has the sign of the finite difference, and how many were compared."""
     positions = start.expand(len(images), -1, -1).clone().requires_grad_()
     F.cross_entropy(model(images, positions), targets, reduction='sum').backward()
-    agree = compared = 0
+    differences = []
     with torch.no_grad():
         for i in range(positions[0].numel()):
             step = torch.zeros(positions[0].numel())
@@ -45,16 +45,17 @@ def agreement(
             step = step.view_as(positions[0])
             ahead, behind = (
                 F.cross_entropy(model(images, positions + sign * step), targets, reduction='none') for sign in (1, -1))
-            clear = (ahead - behind).abs() > noise
-            agree += ((ahead - behind).sign() == positions.grad.flatten(1)[:, i].sign())[clear].sum().item()
-            compared += clear.sum().item()
-    return agree / compared, compared
+            differences.append(ahead - behind)
+    difference = torch.stack(differences, dim=1)
+    clear = difference.abs() > noise * difference.square().mean(dim=1, keepdim=True).sqrt()
+    agree = difference.sign() == positions.grad.flatten(1).sign()
+    return agree[clear].float().mean().item(), clear.sum().item()
 
 
 @click.command(help=__doc__)
 @click.option('--n-tokens', default=16, show_default=True)
 @click.option('--canvases', default=64, show_default=True)
-@click.option('--noise', default=1e-4, show_default=True, help='Smallest difference of the loss (nats) that counts.')
+@click.option('--noise', default=0.1, show_default=True, help="Smallest difference that counts, in the image's RMS.")
 @click.option('--steps', default=20, show_default=True)
 @click.option('--lr', default=1e-2, show_default=True)
 def main(n_tokens: int, canvases: int, noise: float, steps: int, lr: float) -> None:

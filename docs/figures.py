@@ -16,7 +16,15 @@ from PIL import Image
 import timm_spot
 from timm_spot.ops import spectral_residual
 from timm_spot.tasks.digits import draw_canvases, load_digits, to_input
-from timm_spot.tasks.draw import animate, draw_placement, draw_priors, draw_seen, draw_trajectory, to_picture
+from timm_spot.tasks.draw import (
+    animate,
+    draw_placement,
+    draw_priors,
+    draw_pruning,
+    draw_seen,
+    draw_trajectory,
+    to_picture,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,6 +60,12 @@ def main() -> None:
     index = (result.losses[:, 0] - result.losses[:, -1]).argmax().item()
     save(draw_trajectory(canvases[index, None], result, index)[0].figure, 'trajectory')
     animate(canvases[index, None], result, 8, IMAGES / 'search.gif', index)
+
+    sparse = timm_spot.sparsify(model, keep_rate=0.6, scorer='received-attention')
+    positions = timm_spot.sample_positions('sobol', 64, (64, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        kept = [stage[0] for stage in sparse.kept_tokens(to_input(canvases[:1], model), positions=positions)]
+    save(draw_pruning(canvases[0, None], positions, kept, 8).figure, 'pruning')
 
 
 if __name__ == '__main__':

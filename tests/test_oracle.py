@@ -383,16 +383,19 @@ def test_gradient_on_the_patch_grid_has_the_sign_of_the_difference():
     images, targets = held_out_canvases(model, 64)
     positions = sample_positions('grid', 16, (64, 64), 64, window=8).clone().requires_grad_()
     F.cross_entropy(model(images, positions), targets, reduction='sum').backward()
-    agree = []
+    differences = []
     with torch.no_grad():
         for i, axis in itertools.product(range(16), range(2)):
             shift = torch.zeros(16, 2)
             shift[i, axis] = 0.5 / 64
             ahead, behind = (
                 F.cross_entropy(model(images, positions + sign * shift), targets, reduction='none') for sign in (1, -1))
-            clear = (ahead - behind).abs() > 1e-4
-            agree += ((ahead - behind).sign() == positions.grad[:, i, axis].sign())[clear].tolist()
-    assert len(agree) > 1000 and sum(agree) >= 0.9 * len(agree)
+            differences.append(ahead - behind)
+    difference = torch.stack(differences, dim=1)
+    # Below a tenth of an image's typical difference the curvature of the loss decides, not its slope.
+    clear = difference.abs() > 0.1 * difference.square().mean(dim=1, keepdim=True).sqrt()
+    agree = (difference.sign() == positions.grad.flatten(1).sign())[clear]
+    assert len(agree) > 1000 and agree.float().mean() >= 0.9
 
 
 def test_search_halves_the_errors_of_the_digits_model():

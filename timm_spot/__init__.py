@@ -10,6 +10,7 @@ from typing import Any, List
 
 from . import models as models
 from .models.attention_saliency import attention_saliency as attention_saliency
+from .models.relevance_vit import sparsify as sparsify
 from .models.retrofit import retrofit as retrofit
 from .ops import list_samplers as list_samplers
 from .ops import register_sampler as register_sampler
@@ -24,13 +25,16 @@ _TASKS = {
     'animate': 'draw',
     'draw_placement': 'draw',
     'draw_priors': 'draw',
+    'draw_pruning': 'draw',
     'draw_reconstruction': 'draw',
     'draw_seen': 'draw',
     'draw_trajectory': 'draw',
+    'export_model': 'export',
     'load_saliency': 'saliency_maps',
     'OracleResult': 'oracle',
     'optimize_positions': 'oracle',
     'push_to_hub': 'hub',
+    'RelevanceTask': 'relevance',
 }
 
 

@@ -1,4 +1,5 @@
 """Subpixel ViTs as timm models; importing this package registers them."""
+from . import relevance_vit as relevance_vit
 from . import retrofit as retrofit
 from . import spot_mae as spot_mae
 from .checkpoint import checkpoint_filter_fn as checkpoint_filter_fn

@@ -155,7 +155,7 @@ class SubpixelVisionTransformer(VisionTransformer):
             prefix.append(self.reg_token.expand(x.shape[0], -1, -1))
         return self.pos_drop(torch.cat(prefix + [x], dim=1))
 
-    def _embed(self, x: torch.Tensor, positions: Optional[torch.Tensor]) -> torch.Tensor:
+    def _embed(self, x: torch.Tensor, positions: Optional[torch.Tensor] = None) -> torch.Tensor:
         x = self.patch_embed(x, positions)
         x = self._pos_embed(x)
         x = self.patch_drop(x)
@@ -171,7 +171,7 @@ class SubpixelVisionTransformer(VisionTransformer):
         """Images (B, C, H, W) to all tokens after the last block, (B, prefix + N, D).
 
         Args:
-            x: Images.
+            x: Images, normalised, or uint8, which are normalised with the mean and std of the `pretrained_cfg`.
             positions: Placement (B, N, 2) or (N, 2) instead of the sampler's.
             attn_mask: Attention mask, as in timm.
             is_causal: Causal attention, as in timm.
@@ -372,6 +372,7 @@ def _create_spot_vit(
         variant: str,
         pretrained: bool = False,
         model_cls: Callable[..., SubpixelVisionTransformer] = SubpixelVisionTransformer,
+        filter_fn: Callable[..., Dict[str, torch.Tensor]] = checkpoint_filter_fn,
         **kwargs: Any,
 ) -> SubpixelVisionTransformer:
     overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
@@ -409,13 +410,15 @@ def _create_spot_vit(
             pretrained,
             # timm's loaders of saved configs know no fields but their own: the placement is saved as model arguments.
             pretrained_cfg=PretrainedCfg(**{name: getattr(cfg, name) for name in _TIMM_FIELDS}),
-            pretrained_filter_fn=checkpoint_filter_fn,
+            pretrained_filter_fn=filter_fn,
             feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
             **kwargs,
         )
     except SafetensorError as e:
         raise ValueError(f'{cfg.file or cfg.hf_hub_id} is damaged: {e}.') from e
     update_model_args(model, **placement)
+    inner = getattr(model, 'model', model)  # features_only=True wraps it
+    inner.patch_embed.set_normalization(cfg.mean, cfg.std)
     if train_only is not None:
         _freeze(model, train_only)
     return model

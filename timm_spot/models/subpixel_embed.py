@@ -18,7 +18,7 @@ from torch import nn
 from ..ops.position_feature import position_feature
 from ..ops.saliency import spectral_residual
 from ..ops.samplers import check_budgets, check_n_tokens, get_sampler, lattice_shape, sample_positions
-from ..ops.windows import check_convention, check_images, check_positions, read_windows
+from ..ops.windows import check_convention, check_images, check_positions, gather_blocks, read_windows
 
 Saliency = Union[str, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]
 SALIENCY_NAMES = {'spectral_residual': spectral_residual}  # a saved model can keep a name, not a function
@@ -80,6 +80,7 @@ class SubpixelEmbed(nn.Module):
     """Windows around continuous positions to tokens.
 
     Shapes: images (B, C, H, W) of any size of at least one window, positions (B, N, 2), tokens (B, N, embed_dim).
+    Images are normalised floats, or uint8, see `set_normalization`.
 
     Args:
         img_size: Nominal image size, from which only the default budget that timm reads is derived.
@@ -145,6 +146,7 @@ class SubpixelEmbed(nn.Module):
             n_tokens=n_tokens, sampler=sampler, saliency=saliency, eval_n_tokens=eval_n_tokens,
             eval_sampler=eval_sampler)
         self.img_size = to_2tuple(img_size)
+        self.mean, self.std = None, None  # see `set_normalization`
 
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.window, stride=self.window, bias=bias, **dd)
         self.norm = norm_layer(embed_dim, **dd) if norm_layer else nn.Identity()
@@ -297,9 +299,33 @@ class SubpixelEmbed(nn.Module):
                 check_positions(positions, x)
             positions = positions.expand(x.shape[0], -1, -1)
         weight = self.proj.weight
-        windows = read_windows(x, positions, self.window, self.convention).flatten(2)
+        if x.dtype == torch.uint8:
+            windows = self._read_bytes(x, positions).flatten(2)
+        else:
+            windows = read_windows(x, positions, self.window, self.convention).flatten(2)
         tokens = self.norm(F.linear(windows.to(weight.dtype), weight.flatten(1), self.proj.bias))
-        return tokens + self.pos_proj(self.position_feature(positions, x.shape[-2], x.shape[-1]).to(weight.dtype))
+        # A placement that all images share has one position feature.
+        own = positions[:1] if positions.stride(0) == 0 else positions
+        return tokens + self.pos_proj(self.position_feature(own, x.shape[-2], x.shape[-1]).to(weight.dtype))
+
+    @torch.jit.ignore
+    def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """What uint8 images are normalised with, of images in [0, 1]: one value a channel, else their average."""
+        channels = self.proj.in_channels
+        self.mean, self.std = (
+            tuple(v) if len(v) == channels else (sum(v) / len(v),) * channels for v in (mean, std))
+
+    @torch.jit.ignore
+    def _read_bytes(self, images: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Windows of uint8 images, normalised before they are interpolated: beyond the border they fade to 0."""
+        B, C, H, W = images.shape
+        N, side = positions.shape[1], self.window + 2
+        # Gathering a pixel costs about six times as much as converting it.
+        if self.convention == 'spot' or side > min(H, W) or 6 * N * side ** 2 > H * W:
+            return read_windows(_normalize(images, self.mean, self.std), positions, self.window, self.convention)
+        blocks, inside = gather_blocks(images, positions, self.window)
+        blocks = _normalize(blocks, self.mean, self.std)
+        return read_windows(blocks, inside, self.window, self.convention).view(B, N, C, self.window, self.window)
 
     def position_feature(self, positions: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """phi of (B, N, 2) positions in images of height x width pixels, (B, N, pos_nodes ** 2)."""
@@ -318,7 +344,7 @@ def _place(embed: SubpixelEmbed, images: torch.Tensor, name: str, n_tokens: Opti
     sampler = get_sampler(name)
     n_tokens, size, device = _budget(n_tokens, embed.window, (H, W)), (H, W), images.device
     if 'saliency' in sampler.keywords:
-        maps = compute_saliency(embed.saliency, images)
+        maps = compute_saliency(embed.saliency, _normalize(images, embed.mean, embed.std))
         generator = None if embed.training else torch.Generator().manual_seed(embed.seed)
         # One draw for a batch of maps shares its random numbers: each placement then depends on its map alone.
         positions = sample_positions(
@@ -341,6 +367,22 @@ def _place_at_random_budget(embed: SubpixelEmbed, images: torch.Tensor, low: int
     share = torch.rand((), generator=generator, dtype=torch.float64).item()
     n_tokens = min(high, int(low * ((high + 1) / low) ** share))
     return _place(embed, images, embed.train_sampler, n_tokens)
+
+
+def _normalize(
+        images: torch.Tensor,
+        mean: Optional[Tuple[float, ...]],
+        std: Optional[Tuple[float, ...]],
+) -> torch.Tensor:
+    """uint8 images (B, C, H, W) as a model takes them, in float32; others as they are."""
+    if images.dtype != torch.uint8:
+        return images
+    if mean is None or std is None:
+        raise TypeError(
+            'images are uint8, and this model was built without a pretrained_cfg that says how to normalise them: '
+            'call patch_embed.set_normalization(mean, std), or give normalised float32 images.')
+    mean, std = (torch.tensor(v, device=images.device, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
+    return torch.addcmul(-mean / std, images, 1 / (255 * std))
 
 
 def patch_sigma(n_sigma: torch.Tensor, pos_nodes: int) -> torch.Tensor:
