@@ -404,3 +404,13 @@ def test_search_halves_the_errors_of_the_digits_model():
     result = optimize_positions(model, images, targets, n_tokens=9, steps=20, lr=1e-2)
     errors_before, errors_after = (~result.correct_before).sum(), (~result.correct_after).sum()
     assert errors_before >= 6 and errors_after <= errors_before / 2
+
+
+def test_uint8_images_are_searched_as_normalised_ones():
+    model = timm.create_model('spot_vit_pico_patch8_64', pretrained=True).eval()
+    images, targets = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8), torch.tensor([3, 7])
+    keywords = dict(n_tokens=4, steps=2, init='salient', saliency='spectral_residual')
+    result = optimize_positions(model, images, targets, **keywords)
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+    expected = optimize_positions(model, (images / 255 - mean) / std, targets, **keywords)
+    torch.testing.assert_close(result.losses, expected.losses, rtol=1e-3, atol=1e-4)
