@@ -124,9 +124,11 @@ def test_features_of_a_model_without_classifier(tiny, images):
 def test_a_batch_equals_its_images_alone(tiny, images, optimizer):
     kwargs = dict(n_tokens=5, steps=3, lr=1e-2, optimizer=optimizer, init='sobol')
     together = optimize_positions(tiny, images, TARGETS, **kwargs)
-    assert_same(together, one_by_one(tiny, images, TARGETS, **kwargs), rtol=0, atol=1e-5)
+    # Batches round differently, and three steps of sgd magnify that tenfold and more.
+    atol = 1e-4 if optimizer == 'sgd' else 1e-5
+    assert_same(together, one_by_one(tiny, images, TARGETS, **kwargs), rtol=0, atol=atol)
     assert (together.positions != together.trajectory[:, 0]).any(dim=2).all()
-    assert_same(together, optimize_positions(tiny, images, TARGETS, chunk_size=3, **kwargs), rtol=0, atol=1e-5)
+    assert_same(together, optimize_positions(tiny, images, TARGETS, chunk_size=3, **kwargs), rtol=0, atol=atol)
 
 
 def test_eight_images_at_the_defaults(pico):
