@@ -19,7 +19,7 @@ class Config:
     """What all sections share."""
 
     threads: int = 2
-    seconds: float = 20.  # for one comparison, at least two rounds
+    seconds: float = 10.  # for one comparison, at least two rounds
     quick: bool = False  # two blocks instead of twelve, to see that everything runs
     device: str = 'cpu'
     tome: str = ''  # folder of a clone of facebookresearch/ToMe

@@ -4,63 +4,74 @@
 """
 from __future__ import annotations
 
-import shutil
-from typing import Callable, Dict
+from typing import Callable, Dict, List, Sequence, Tuple
 
 import timm
 import torch
 
-from .measure import Config, Section, alternate, cpu_flags, in_child, milliseconds, peak, reset_peak
+from .measure import Config, Section, alternate, cpu_flags, in_child, peak, reset_peak
 from .references import BASE, BareEncoder, DroppedPatches, tome_vit
 
 BUDGETS = (25, 49, 100, 196)
 BATCH = 8
+Case = Tuple[torch.dtype, int, int]
 
 
 def run(config: Config) -> Section:
     section = Section()
     model = timm.create_model(BASE, **config.model_args).to(config.device).eval().requires_grad_(False)
     with torch.inference_mode():
-        _against_the_limit(section, config, model)
+        cases = [(torch.float32, batch, n) for batch in (1, BATCH) for n in BUDGETS] + [(torch.bfloat16, BATCH, 25)]
+        seconds = against_the_limit(section, config, model, cases)
+        _judge(section, config, cases, seconds)
         _against_rivals(section, config, model)
-        _compiled(section, config, model)
     _memory(section, config)
     return section
 
 
-def _against_the_limit(section: Section, config: Config, model: torch.nn.Module) -> None:
+def against_the_limit(
+        section: Section,
+        config: Config,
+        model: torch.nn.Module,
+        cases: Sequence[Case],
+) -> List[Dict[str, float]]:
+    """Seconds of the model and of the bare encoder for each (dtype, batch, tokens)."""
     rows = section.table(
         f'{BASE} against the bare encoder fed as many ready tokens, eager, images/s', 'dtype', 'batch', 'tokens',
         'timm_spot', 'bare encoder', 'ratio')
-    curves: Dict[str, list] = {'tokens': list(BUDGETS), 'timm_spot': [], 'bare encoder': []}
-    seconds: Dict[torch.dtype, float] = {}
-    # bfloat16 is slow where the CPU has no instruction for it: one row says how slow.
-    batches = (1, BATCH) if config.quick else (1, BATCH, 64)
-    cases = [(torch.float32, b, n) for b in batches for n in BUDGETS] + [(torch.bfloat16, BATCH, 25)]
+    seconds = []
     for dtype, batch, n in cases:
         model.to(dtype).set_placement(n_tokens=n)
         images = torch.randn(batch, 3, 224, 224, device=config.device, dtype=dtype)
         tokens, bare = model.patch_embed(images), BareEncoder(model)
         t = alternate({'ours': lambda x=images: model(x), 'bare': lambda x=tokens, m=bare: m(x)}, config)
-        ratio = t['bare'] / t['ours']
         rows.append([
             str(dtype).removeprefix('torch.'), str(batch), str(n), f"{batch / t['ours']:.1f}",
-            f"{batch / t['bare']:.1f}", f'{ratio:.3f}'])
-        if batch == BATCH and dtype == torch.float32:
-            section.judge(f"whole model, {n} tokens, batch {batch}: share of the bare encoder's images/s", ratio, 0.97)
-            curves['timm_spot'].append(batch / t['ours'])
-            curves['bare encoder'].append(batch / t['bare'])
-        if batch == BATCH and n == 25:
-            seconds[dtype] = t['ours']
+            f"{batch / t['bare']:.1f}", f"{t['bare'] / t['ours']:.3f}"])
+        seconds.append(t)
     model.float()
-    gain = seconds[torch.float32] / seconds[torch.bfloat16]
+    return seconds
+
+
+def _judge(section: Section, config: Config, cases: Sequence[Case], seconds: List[Dict[str, float]]) -> None:
+    measured = dict(zip(cases, seconds))
+    curves: Dict[str, List[float]] = {'tokens': list(BUDGETS), 'timm_spot': [], 'bare encoder': []}
+    for n in BUDGETS:
+        t = measured[torch.float32, BATCH, n]
+        section.judge(
+            f"whole model, {n} tokens, batch {BATCH}: share of the bare encoder's images/s", t['bare'] / t['ours'],
+            at_least=0.97)
+        curves['timm_spot'].append(BATCH / t['ours'])
+        curves['bare encoder'].append(BATCH / t['bare'])
+    section.curves[f'images/s by tokens (batch {BATCH}, float32)'] = curves
+
+    gain = measured[torch.float32, BATCH, 25]['ours'] / measured[torch.bfloat16, BATCH, 25]['ours']
     if config.device == 'cuda' or {'amx_bf16', 'avx512_bf16'} & cpu_flags():
-        section.judge('bfloat16, 25 tokens, batch 8: times float32', gain, at_least=2)
+        section.judge(f'bfloat16, 25 tokens, batch {BATCH}: times float32', gain, at_least=2)
     else:
         section.remarks.append(
             f'This CPU has neither AMX nor bf16 instructions: bfloat16 runs at {gain:.2f} of the speed of float32, and '
             'its bar (2, where the CPU has them) does not apply.')
-    section.curves['images/s by tokens (batch 8, float32)'] = curves
 
 
 def _against_rivals(section: Section, config: Config, model: torch.nn.Module) -> None:
@@ -98,23 +109,6 @@ def _against_rivals(section: Section, config: Config, model: torch.nn.Module) ->
     section.judge(
         "whole model, 25 tokens, batch 8: times the dense ViT-B/16's images/s", reference / t['timm_spot, 25 tokens'],
         at_least=6)
-
-
-def _compiled(section: Section, config: Config, model: torch.nn.Module) -> None:
-    if not shutil.which('g++'):
-        section.remarks.append('Compiled models were not measured: torch.compile needs g++ on a CPU.')
-        return
-    model.set_placement(n_tokens=25)
-    images = torch.randn(BATCH, 3, 224, 224, device=config.device)
-    tokens, bare = model.patch_embed(images), BareEncoder(model)
-    compiled = torch.compile(model, fullgraph=True)
-    compiled_bare = torch.compile(bare, fullgraph=True)
-    compiled(images), compiled_bare(tokens)
-    t = alternate({
-        'timm_spot, eager': lambda: model(images), 'timm_spot, compiled': lambda: compiled(images),
-        'bare encoder, eager': lambda: bare(tokens), 'bare encoder, compiled': lambda: compiled_bare(tokens)}, config)
-    rows = section.table(f'torch.compile(fullgraph=True), float32, batch {BATCH}, 25 tokens', 'model', 'ms', 'images/s')
-    rows += [[name, milliseconds(s), f'{BATCH / s:.1f}'] for name, s in t.items()]
 
 
 def _memory(section: Section, config: Config) -> None:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import timm_spot  # noqa: F401, registers the models
+
 BASE = 'spot_vit_base_patch16_mae'
 
 

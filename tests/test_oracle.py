@@ -124,9 +124,11 @@ def test_features_of_a_model_without_classifier(tiny, images):
 def test_a_batch_equals_its_images_alone(tiny, images, optimizer):
     kwargs = dict(n_tokens=5, steps=3, lr=1e-2, optimizer=optimizer, init='sobol')
     together = optimize_positions(tiny, images, TARGETS, **kwargs)
-    assert_same(together, one_by_one(tiny, images, TARGETS, **kwargs), rtol=0, atol=1e-5)
+    # Batches round differently, and three steps of sgd magnify that tenfold and more.
+    atol = 1e-4 if optimizer == 'sgd' else 1e-5
+    assert_same(together, one_by_one(tiny, images, TARGETS, **kwargs), rtol=0, atol=atol)
     assert (together.positions != together.trajectory[:, 0]).any(dim=2).all()
-    assert_same(together, optimize_positions(tiny, images, TARGETS, chunk_size=3, **kwargs), rtol=0, atol=1e-5)
+    assert_same(together, optimize_positions(tiny, images, TARGETS, chunk_size=3, **kwargs), rtol=0, atol=atol)
 
 
 def test_eight_images_at_the_defaults(pico):
@@ -404,3 +406,13 @@ def test_search_halves_the_errors_of_the_digits_model():
     result = optimize_positions(model, images, targets, n_tokens=9, steps=20, lr=1e-2)
     errors_before, errors_after = (~result.correct_before).sum(), (~result.correct_after).sum()
     assert errors_before >= 6 and errors_after <= errors_before / 2
+
+
+def test_uint8_images_are_searched_as_normalised_ones():
+    model = timm.create_model('spot_vit_pico_patch8_64', pretrained=True).eval()
+    images, targets = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8), torch.tensor([3, 7])
+    keywords = dict(n_tokens=4, steps=2, init='salient', saliency='spectral_residual')
+    result = optimize_positions(model, images, targets, **keywords)
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+    expected = optimize_positions(model, (images / 255 - mean) / std, targets, **keywords)
+    torch.testing.assert_close(result.losses, expected.losses, rtol=1e-3, atol=1e-4)

@@ -213,3 +213,13 @@ def test_shared_placement_gives_what_its_copies_give():
     shared, = torch.autograd.grad(embed(images, position).square().sum(), position)
     each, = torch.autograd.grad(embed(images, copies).square().sum(), copies)
     torch.testing.assert_close(shared, each.sum(dim=0), rtol=1e-4, atol=1e-3)
+
+
+def test_gradient_of_an_expanded_placement_stays_with_each_image():
+    """All images' gradient of the position feature once went to the first image, where they shared memory."""
+    embed = SubpixelEmbed(patch_size=8, embed_dim=16)
+    images, position = torch.randn(3, 3, 64, 64), torch.rand(9, 2)
+    expanded, copies = position.expand(3, -1, -1).requires_grad_(), position.repeat(3, 1, 1).requires_grad_()
+    actual, = torch.autograd.grad(embed(images, expanded).square().sum(), expanded)
+    expected, = torch.autograd.grad(embed(images, copies).square().sum(), copies)
+    torch.testing.assert_close(actual, expected)

@@ -304,9 +304,9 @@ class SubpixelEmbed(nn.Module):
         else:
             windows = read_windows(x, positions, self.window, self.convention).flatten(2)
         tokens = self.norm(F.linear(windows.to(weight.dtype), weight.flatten(1), self.proj.bias))
-        # A placement that all images share has one position feature.
-        own = positions[:1] if positions.stride(0) == 0 else positions
-        return tokens + self.pos_proj(self.position_feature(own, x.shape[-2], x.shape[-1]).to(weight.dtype))
+        if positions.stride(0) == 0 and not positions.requires_grad:
+            positions = positions[:1]  # all images share it: one position feature
+        return tokens + self.pos_proj(self.position_feature(positions, x.shape[-2], x.shape[-1]).to(weight.dtype))
 
     @torch.jit.ignore
     def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -322,9 +322,9 @@ class SubpixelEmbed(nn.Module):
         N, side = positions.shape[1], self.window + 2
         # Gathering a pixel costs about six times as much as converting it.
         if self.convention == 'spot' or side > min(H, W) or 6 * N * side ** 2 > H * W:
-            return read_windows(_normalize(images, self.mean, self.std), positions, self.window, self.convention)
+            return read_windows(normalize_bytes(images, self.mean, self.std), positions, self.window, self.convention)
         blocks, inside = gather_blocks(images, positions, self.window)
-        blocks = _normalize(blocks, self.mean, self.std)
+        blocks = normalize_bytes(blocks, self.mean, self.std)
         return read_windows(blocks, inside, self.window, self.convention).view(B, N, C, self.window, self.window)
 
     def position_feature(self, positions: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -344,7 +344,7 @@ def _place(embed: SubpixelEmbed, images: torch.Tensor, name: str, n_tokens: Opti
     sampler = get_sampler(name)
     n_tokens, size, device = _budget(n_tokens, embed.window, (H, W)), (H, W), images.device
     if 'saliency' in sampler.keywords:
-        maps = compute_saliency(embed.saliency, _normalize(images, embed.mean, embed.std))
+        maps = compute_saliency(embed.saliency, normalize_bytes(images, embed.mean, embed.std))
         generator = None if embed.training else torch.Generator().manual_seed(embed.seed)
         # One draw for a batch of maps shares its random numbers: each placement then depends on its map alone.
         positions = sample_positions(
@@ -369,7 +369,7 @@ def _place_at_random_budget(embed: SubpixelEmbed, images: torch.Tensor, low: int
     return _place(embed, images, embed.train_sampler, n_tokens)
 
 
-def _normalize(
+def normalize_bytes(
         images: torch.Tensor,
         mean: Optional[Tuple[float, ...]],
         std: Optional[Tuple[float, ...]],

@@ -20,7 +20,7 @@ from timm.layers import to_2tuple
 from timm.optim import create_optimizer_v2, get_optimizer_info
 from torch import nn
 
-from ..models.subpixel_embed import Saliency, SubpixelEmbed, compute_saliency
+from ..models.subpixel_embed import Saliency, SubpixelEmbed, compute_saliency, normalize_bytes
 from ..ops.samplers import check_n_tokens, sample_positions
 from ..ops.windows import check_images, check_positions
 from .objectives import Objective, get_objective
@@ -270,7 +270,7 @@ def starting_positions(
     n_tokens = embed.budget(size) if n_tokens is None else n_tokens
     check_n_tokens(n_tokens)
     saliency = embed.saliency if saliency is None else saliency
-    maps = compute_saliency(saliency, images)
+    maps = compute_saliency(saliency, normalize_bytes(images, embed.mean, embed.std))
     # Without a generator all images share one placement, as in a model in eval mode: drawn by its seed alone.
     shared = generator is None
     generator = torch.Generator().manual_seed(embed.seed) if shared else generator
