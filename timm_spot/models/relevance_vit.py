@@ -92,18 +92,10 @@ class TokenPruning:
             not timm's `Block` with its `Attention`.
     """
 
-    def __init__(
-            self,
-            *args: Any,
-            keep_rate: float = 0.7,
-            stages: Optional[Sequence[int]] = None,
-            scorer: str = 'relevance',
-            read: str = 'last',
-            scorer_seed: int = 0,
-            **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pruning = _pop_pruning(kwargs)
         super().__init__(*args, **kwargs)
-        self._init_pruning(keep_rate, stages, scorer, read, scorer_seed)
+        self._init_pruning(**pruning)
 
     def _init_pruning(
             self,
@@ -113,7 +105,7 @@ class TokenPruning:
             read: str = 'last',
             scorer_seed: int = 0,
     ) -> None:
-        """What the constructor adds to a ViT, also called on one that is built already."""
+        """What the constructor adds to a ViT; on its own, on one that is built already."""
         check_keep_rate(keep_rate)
         depth = len(self.blocks)
         self.stages = _check_stages(stages, depth)
@@ -369,6 +361,11 @@ def _attending_block(
     y, attention = attend(block.attn, block.norm1(x), keys)
     x = x + block.drop_path1(block.ls1(y))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), attention
+
+
+def _pop_pruning(kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Take the keywords of `TokenPruning` out of a model's."""
+    return {name: kwargs.pop(name) for name in _PRUNING_FIELDS if name in kwargs}
 
 
 def _check_stages(stages: Optional[Sequence[int]], depth: int) -> Tuple[int, ...]:
@@ -629,7 +626,7 @@ def relevance_vit(
 
 
 def _build(source: Dict[str, Any], backbone_args: Dict[str, Any], pretrained: bool, **kwargs: Any) -> nn.Module:
-    pruning = {k: kwargs.pop(k) for k in _PRUNING_FIELDS if k in kwargs}
+    pruning = _pop_pruning(kwargs)
     fields = {name: source[name] for name in SOURCE_FIELDS if name in source}
     vit = timm.create_model(pretrained=pretrained, **fields, **backbone_args, **kwargs)
     return _sparsify_in_place(vit, **pruning)
