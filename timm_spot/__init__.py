@@ -10,6 +10,8 @@ from typing import Any, List
 
 from . import models as models
 from .models.attention_saliency import attention_saliency as attention_saliency
+from .models.hierarchical_tokenizer import HierarchicalTokenizer as HierarchicalTokenizer
+from .models.hierarchical_tokenizer import Regions as Regions
 from .models.retrofit import retrofit as retrofit
 from .ops import list_samplers as list_samplers
 from .ops import register_sampler as register_sampler
@@ -30,6 +32,7 @@ _TASKS = {
     'OracleResult': 'oracle',
     'optimize_positions': 'oracle',
     'push_to_hub': 'hub',
+    'vectorize': 'vectorize',
 }
 
 

@@ -1,6 +1,10 @@
-"""Subpixel ViTs as timm models; importing this package registers them."""
+"""Subpixel ViTs and dHT ViTs as timm models; importing this package registers them."""
 from . import retrofit as retrofit
 from .checkpoint import checkpoint_filter_fn as checkpoint_filter_fn
+from .dht_vit import DhtVisionTransformer as DhtVisionTransformer
+from .hierarchical_embed import HierarchicalEmbed as HierarchicalEmbed
+from .hierarchical_tokenizer import HierarchicalTokenizer as HierarchicalTokenizer
+from .hierarchical_tokenizer import Regions as Regions
 from .spot_vit import SpotPretrainedCfg as SpotPretrainedCfg
 from .spot_vit import SubpixelVisionTransformer as SubpixelVisionTransformer
 from .subpixel_embed import SubpixelEmbed as SubpixelEmbed
