@@ -15,6 +15,7 @@ from torch import nn
 from ..ops.criteria import check_criterion
 from ..ops.hierarchy import Hierarchy, build_hierarchy
 from ..ops.region_features import inject_means, scharr_gradient
+from ..ops.regions import sum_channels
 from ..ops.token_budget import merge_to_budget
 
 _GRADIENT_KERNEL = 'gradient.kernel'  # a constant among the released keys
@@ -53,6 +54,11 @@ class Regions:
         return self.hierarchy.segmentations((B, H, W))
 
 
+def _linear(linear: nn.Linear, values: torch.Tensor) -> torch.Tensor:
+    """A linear map of (C, n), each column on its own: a matrix product rounds differently for other n."""
+    return sum_channels(linear.weight.T[:, :, None] * values[:, None]) + linear.bias[:, None]
+
+
 class PixelFeatures(nn.Module):
     """Per-pixel features: a pointwise branch and one of two strided convolutions, (B, 3, H, W) to (B, C, H, W)."""
 
@@ -68,6 +74,12 @@ class PixelFeatures(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            return self._features(x)
+        # The algorithm of a convolution, and with it the last bit, depends on the batch size: take images one by one.
+        return torch.cat([self._features(image) for image in x.split(1)])
+
+    def _features(self, x: torch.Tensor) -> torch.Tensor:
         H, W = x.shape[-2:]
         padded = F.pad(x, (0, -W % 4, 0, -H % 4), mode='replicate')
         coarse = F.interpolate(self.cv(padded), scale_factor=4, mode='bilinear', align_corners=True)
@@ -191,7 +203,7 @@ class HierarchicalTokenizer(nn.Module):
         """Similarity (n,) of vertices with variances (C, n) to themselves."""
         if self.varproj is None:
             return variances.new_full(variances.shape[1:], self.center)
-        return torch.sigmoid((self.varproj.weight @ variances)[0] + self.varproj.bias)
+        return torch.sigmoid(_linear(self.varproj, variances)[0])
 
     def build(self, features: torch.Tensor, max_levels: Optional[int] = None) -> Hierarchy:
         """The hierarchy over given pixel features (B, C, H, W)."""
@@ -230,7 +242,7 @@ class HierarchicalTokenizer(nn.Module):
             images = images.to(self.linear.weight.dtype)
             hierarchy = self.build(self.conv(images), max_levels)
             pieces = hierarchy.pieces
-            colors = F.linear(pieces.features.T, self.linear.weight, self.linear.bias).T
+            colors = _linear(self.linear, pieces.features)
             tokens = merge_to_budget(
                 colors, pieces.sizes, pieces.boxes, pieces.image, pieces.edges, target, strict, boost,
                 random=self.training, generator=generator)

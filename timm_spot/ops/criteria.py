@@ -56,5 +56,8 @@ def information_criterion(
         'bic': lambda: m.log() * df,
         'cic': lambda: (m.log() + 1.) * df,
     }[criterion]()
-    likelihood = m / image_pixels * ((2. * math.pi * variances).prod(0) + iota).log()
+    volume = 2. * math.pi * variances[0]
+    for variance in variances[1:]:  # in a fixed order, see `sum_channels`
+        volume = volume * (2. * math.pi * variance)
+    likelihood = m / image_pixels * (volume + iota).log()
     return torch.where(sizes > 1, -(likelihood + penalty), -math.inf)

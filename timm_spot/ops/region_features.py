@@ -9,7 +9,7 @@ from typing import Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from .regions import sum_groups
+from .regions import sum_channels, sum_groups
 
 
 def region_means(values: torch.Tensor, segmentation: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ def inject_means(
 @torch.no_grad()
 def scharr_gradient(images: torch.Tensor) -> torch.Tensor:
     """Gradient (B, 2, H, W) of the mean of all channels, along y and along x, by the Scharr kernel."""
-    grey = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode='replicate')
+    grey = F.pad((sum_channels(images.transpose(0, 1)) / images.shape[1])[:, None], (1, 1, 1, 1), mode='replicate')
     dy = grey[:, :, 2:] - grey[:, :, :-2]
     dx = grey[..., 2:] - grey[..., :-2]
     dy = 3. * dy[..., :-2] + 10. * dy[..., 1:-1] + 3. * dy[..., 2:]

@@ -22,6 +22,18 @@ def quantize(potential: torch.Tensor) -> torch.Tensor:
     return (65535. * potential.detach().float().clamp(0., 1.)).long()
 
 
+def sum_channels(values: torch.Tensor) -> torch.Tensor:
+    """Sum over the first axis, always in the same order.
+
+    torch.sum rounds differently at different places in memory, so that an image's regions would depend on its place in
+    the batch.
+    """
+    total = values[0]
+    for channel in values[1:]:
+        total = total + channel
+    return total
+
+
 def number_groups(group: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """Number groups by their smallest member.
 
@@ -163,8 +175,8 @@ def pixel_choice(features: torch.Tensor, cmp: float) -> Tuple[torch.Tensor, torc
     """
     _, B, H, W = features.shape
     constant = cmp * 8. / 9.
-    right = (1. - cmp) * (-(features[..., 1:] - features[..., :-1]).square().sum(0)).exp() + constant
-    down = (1. - cmp) * (-(features[:, :, 1:] - features[:, :, :-1]).square().sum(0)).exp() + constant
+    right = (1. - cmp) * (-sum_channels((features[..., 1:] - features[..., :-1]).square())).exp() + constant
+    down = (1. - cmp) * (-sum_channels((features[:, :, 1:] - features[:, :, :-1]).square())).exp() + constant
     # Each pixel's edges up, left, right and down: the ids of their other ends ascend.
     up, left = F.pad(down, (0, 0, 1, 0)), F.pad(right, (1, 0))
     right, down = F.pad(right, (0, 1)), F.pad(down, (0, 0, 0, 1))
@@ -197,7 +209,7 @@ def edge_potential(
         boxes: Its box, (4, n).
     """
     u, v = edges
-    similarity = (-(values.index_select(1, u) - values.index_select(1, v)).square().sum(0)).exp()
+    similarity = (-sum_channels((values.index_select(1, u) - values.index_select(1, v)).square())).exp()
     if not cmp:
         return similarity
     box_u, box_v = boxes.index_select(1, u), boxes.index_select(1, v)
