@@ -10,6 +10,7 @@ from typing import Any, List
 
 from . import models as models
 from .models.attention_saliency import attention_saliency as attention_saliency
+from .models.dht_segmenter import DhtSegmenter as DhtSegmenter
 from .models.hierarchical_tokenizer import HierarchicalTokenizer as HierarchicalTokenizer
 from .models.hierarchical_tokenizer import Regions as Regions
 from .models.retrofit import retrofit as retrofit

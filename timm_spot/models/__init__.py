@@ -1,6 +1,7 @@
 """Subpixel ViTs and dHT ViTs as timm models; importing this package registers them."""
 from . import retrofit as retrofit
 from .checkpoint import checkpoint_filter_fn as checkpoint_filter_fn
+from .dht_segmenter import DhtSegmenter as DhtSegmenter
 from .dht_vit import DhtVisionTransformer as DhtVisionTransformer
 from .hierarchical_embed import HierarchicalEmbed as HierarchicalEmbed
 from .hierarchical_tokenizer import HierarchicalTokenizer as HierarchicalTokenizer
