@@ -33,6 +33,7 @@ _TASKS = {
     'OracleResult': 'oracle',
     'optimize_positions': 'oracle',
     'push_to_hub': 'hub',
+    'RasterToVector': 'vectorize',
     'vectorize': 'vectorize',
 }
 
