@@ -105,7 +105,8 @@ def test_pooling_without_a_mask_is_refused(images):
 
 
 def test_paint_by_hand():
-    segmentation = torch.tensor([[[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 2, 2]], [[3, 3, 3, 3], [3, 3, 3, 3], [4, 4, 4, 4]]])
+    segmentation = torch.tensor([
+        [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 2, 2]], [[3, 3, 3, 3], [3, 3, 3, 3], [4, 4, 4, 4]]])
     tokens = torch.tensor([[[1.], [2.], [3.]], [[4.], [5.], [0.]]])
     counts = torch.tensor([3, 2])
     assert paint_tokens(tokens, segmentation, counts, 1)[:, 0].tolist() == [

@@ -25,8 +25,11 @@ __version__ = '0.1.0'
 # Tasks load on first use: importing this package costs no more than importing timm.
 _TASKS = {
     'animate': 'draw',
+    'draw_hierarchy': 'draw',
     'draw_placement': 'draw',
     'draw_priors': 'draw',
+    'draw_region_means': 'draw',
+    'draw_regions': 'draw',
     'draw_seen': 'draw',
     'draw_trajectory': 'draw',
     'load_saliency': 'saliency_maps',

@@ -133,7 +133,7 @@ def build_hierarchy(
     Returns:
         Levels, whole-image candidate and pieces. Features and variances carry gradient.
     """
-    B, C, H, W = features.shape
+    B, _, H, W = features.shape
     pixels, device = H * W, features.device
     if max_levels is None:
         max_levels = math.ceil(math.log2(math.sqrt(pixels)))

@@ -55,7 +55,7 @@ def trace_outlines(segmentation: np.ndarray) -> Outlines:
     # A region's first edge goes up beside the left-most pixel of its bottom row.
     up = pixels[0]
     order = np.lexsort((up % width, -(up // width), flat[up]))
-    region, first = np.unique(flat[up][order], return_index=True)
+    first = np.unique(flat[up][order], return_index=True)[1]
     start = number[up[order][first]]
     jump[start] = start
     steps = np.ones(len(edges), dtype=np.int64)  # to the start, along the path

@@ -79,7 +79,7 @@ def region_windows(
     Returns:
         Windows (N, C, side, side) and masks (N, side, side): the weight of the samples' pixels inside the region.
     """
-    B, H, W, C = injected.shape
+    _, H, W, C = injected.shape
     N = boxes.shape[1]
     ymin, xmin, ymax, xmax = boxes
     y0, y1, wy = _read_axis(ymin, ymax, side, injected.dtype)
@@ -184,6 +184,7 @@ def fit_histogram_weights(table: torch.Tensor, cells: int, scale: int) -> torch.
     between_target = F.grid_sample(
         target.permute(2, 0, 1)[None], 2 * between.flip(-1)[None, None] - 1,
         mode='bicubic', padding_mode='border', align_corners=False)[0, :, 0].T
-    basis = torch.cat([1000. * box_histogram(centres, sides, cells, scale), box_histogram(between, sides, cells, scale)])
+    basis = torch.cat([
+        1000. * box_histogram(centres, sides, cells, scale), box_histogram(between, sides, cells, scale)])
     rows = torch.cat([1000. * target.flatten(0, 1), between_target])
     return torch.linalg.lstsq(basis, rows, driver='gelsd').solution.T.contiguous().to(table.dtype)

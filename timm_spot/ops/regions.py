@@ -214,7 +214,8 @@ def edge_potential(
         return similarity
     box_u, box_v = boxes.index_select(1, u), boxes.index_select(1, v)
     union = torch.cat([torch.minimum(box_u[:2], box_v[:2]), torch.maximum(box_u[2:], box_v[2:])])
-    return (1. - cmp) * similarity + cmp * compactness(sizes.index_select(0, u) + sizes.index_select(0, v), union).to(similarity.dtype)
+    pair = sizes.index_select(0, u) + sizes.index_select(0, v)
+    return (1. - cmp) * similarity + cmp * compactness(pair, union).to(similarity.dtype)
 
 
 def best_neighbours(edges: torch.Tensor, potential: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
