@@ -1,8 +1,8 @@
 """Time of the hierarchical tokenizer as a share of a base model's forward pass, and its growth with the image.
 
-    OMP_NUM_THREADS=2 python benchmarks/dht_speed.py
+    OMP_NUM_THREADS=1 python benchmarks/dht_speed.py
 
-Takes the least of several runs in turn, since other programs only ever add time.
+CPU time, the least of several runs: other programs on the machine add little to it.
 """
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ PHOTOS = Path(__file__).parent.parent / 'examples' / 'photos'
 def least(function: Callable[[], object], runs: int) -> float:
     times = []
     for _ in range(runs):
-        begin = time.perf_counter()
+        begin = time.process_time()
         function()
-        times.append(time.perf_counter() - begin)
+        times.append(time.process_time() - begin)
     return 1000 * min(times)
 
 
