@@ -27,4 +27,15 @@ def _entrypoint(name: str) -> _typing.Callable[..., _nn.Module]:
     return create
 
 
-globals().update({name: _entrypoint(name) for name in _timm.list_models('spot_*')})
+def dht_ras2vec(pretrained: bool = True, **kwargs: _typing.Any) -> _nn.Module:
+    """Raster to vector: `model(images)` gives a list of SVG files, as text, for images normalised as ImageNet's.
+
+    Takes the keywords of timm_spot.RasterToVector: target=, smooth=, detail=, background=, ...
+    """
+    import timm_spot
+
+    return timm_spot.RasterToVector(pretrained=pretrained, **kwargs)
+
+
+globals().update({name: _entrypoint(name) for name in _timm.list_models(['spot_*', 'dht_*'])})
+dht_vit_base_16_in1k = _entrypoint('dht_vit_base_patch16_in1k')  # the name in the authors' README

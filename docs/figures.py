@@ -18,13 +18,17 @@ from timm_spot.ops import spectral_residual
 from timm_spot.tasks.digits import draw_canvases, load_digits, to_input
 from timm_spot.tasks.draw import (
     animate,
+    draw_hierarchy,
     draw_placement,
     draw_priors,
     draw_pruning,
+    draw_region_means,
+    draw_regions,
     draw_seen,
     draw_trajectory,
     to_picture,
 )
+from timm_spot.tasks.vectorize import read_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,6 +40,18 @@ PHOTO = Path(__file__).parent.parent / 'examples' / 'photos' / 'cowbike.jpg'
 def save(figure: Figure, name: str) -> None:
     figure.savefig(IMAGES / f'{name}.png', dpi=120)
     plt.close(figure)
+
+
+@torch.inference_mode()
+def draw_dht() -> None:
+    """Regions, means and hierarchy of a photograph by the released tokenizer."""
+    image = read_picture(PHOTO, 224)
+    regions = timm_spot.RasterToVector().tokenizer(image, 196, strict=True)
+    with Image.open(PHOTO) as photo:
+        photo = photo.resize(image.shape[:1:-1])
+    save(draw_regions(photo, regions.segmentation[0]).figure, 'regions')
+    save(draw_region_means(photo, regions.segmentation[0]).figure, 'region_means')
+    save(draw_hierarchy(photo, [level[0] for level in regions.levels[2:6]])[0, 0].figure, 'hierarchy')
 
 
 def main() -> None:
@@ -50,6 +66,8 @@ def main() -> None:
     save(draw_placement(photo, positions, 16).figure, 'placement')
     save(draw_seen(photo, positions, 16).figure, 'seen')
     save(draw_priors(photo)[0, 0].figure, 'priors')
+
+    draw_dht()
 
     # The digit on which a search for a better placement of 9 tokens gains most.
     model = timm.create_model('spot_vit_pico_patch8_64', pretrained=True, n_tokens=9).eval()

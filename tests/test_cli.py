@@ -75,7 +75,7 @@ def test_predict_reports_what_is_no_picture_and_goes_on(pictures, saved):
     (['no/such/file.png'], 'no/such/file.png is no file, no folder and matches nothing'),
     (['{empty}'], 'holds no picture'),
     (['{a}', '--model', 'spot_vit_bse_patch16_mae'], 'Did you mean spot_vit_base_patch16_mae'),
-    (['{a}', '--model', 'resnet18'], 'no subpixel ViT'),
+    (['{a}', '--model', 'resnet18'], 'no model of timm_spot'),
     (['{a}', '--n-tokens', '0'], 'n_tokens=0'),
     (['{a}', '--sampler', 'isotopic'], "did you mean 'isotropic'"),
     (['{a}', '--weights', 'no.safetensors'], 'no.safetensors does not exist'),

@@ -10,6 +10,9 @@ from typing import Any, List
 
 from . import models as models
 from .models.attention_saliency import attention_saliency as attention_saliency
+from .models.dht_segmenter import DhtSegmenter as DhtSegmenter
+from .models.hierarchical_tokenizer import HierarchicalTokenizer as HierarchicalTokenizer
+from .models.hierarchical_tokenizer import Regions as Regions
 from .models.relevance_vit import sparsify as sparsify
 from .models.retrofit import retrofit as retrofit
 from .ops import list_samplers as list_samplers
@@ -23,10 +26,13 @@ __version__ = '0.1.0'
 # Tasks load on first use: importing this package costs no more than importing timm.
 _TASKS = {
     'animate': 'draw',
+    'draw_hierarchy': 'draw',
     'draw_placement': 'draw',
     'draw_priors': 'draw',
     'draw_pruning': 'draw',
     'draw_reconstruction': 'draw',
+    'draw_region_means': 'draw',
+    'draw_regions': 'draw',
     'draw_seen': 'draw',
     'draw_trajectory': 'draw',
     'export_model': 'export',
@@ -35,6 +41,8 @@ _TASKS = {
     'optimize_positions': 'oracle',
     'push_to_hub': 'hub',
     'RelevanceTask': 'relevance',
+    'RasterToVector': 'vectorize',
+    'vectorize': 'vectorize',
 }
 
 

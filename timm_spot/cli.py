@@ -8,7 +8,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Iterator, List, Optional, Tuple
 
 import click
 import timm
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _BATCH_SIZE = 32
 DEFAULT_MODEL = 'spot_vit_pico_patch8_64'
+_NAMES = ['spot_*', 'dht_*']
 
 
 @click.group(context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
@@ -50,14 +51,14 @@ def clean_errors() -> Iterator[None]:
 def create_model(name: str, weights: Optional[str] = None, **kwargs: Any) -> nn.Module:
     """A model in eval mode with its weights; for an unknown name an error with the closest known ones."""
     if ':' not in name and not timm.is_model(name):
-        known = timm.list_models('spot_*') + timm.list_models('spot_*', include_tags=True)
+        known = timm.list_models(_NAMES) + timm.list_models(_NAMES, include_tags=True)
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f" Did you mean {' or '.join(close)}?" if close else ''
         raise ValueError(f'unknown model {name}.{hint} `timm-spot models` lists them all.')
     overlay = dict(file=weights) if weights else None
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
-    if not isinstance(model, timm_spot.models.SubpixelVisionTransformer):
-        raise ValueError(f'{name} is no subpixel ViT: `timm-spot models` lists those that are.')
+    if not isinstance(model, (timm_spot.models.SubpixelVisionTransformer, timm_spot.models.DhtVisionTransformer)):
+        raise ValueError(f'{name} is no model of timm_spot: `timm-spot models` lists those that are.')
     return model
 
 
@@ -97,7 +98,7 @@ def predict(
         files = prediction.find_images(images)
         model = create_model(name, weights, n_tokens=n_tokens)
         transform, names = prediction.model_transform(model), prediction.class_names(model)
-        set_saliency = choose_prior(model, sampler, saliency, transform)
+        set_saliency = _choose_prior(model, sampler, saliency, transform)
         results, broken = [], []
         with click.progressbar(length=len(files), file=sys.stderr, label='predict') as bar:
             for start in range(0, len(files), _BATCH_SIZE):
@@ -115,8 +116,8 @@ def predict(
                 scores = prediction.predict(model, batch, names, topk)
                 results += [(file, row) for (file, _), row in zip(loaded, scores)]
                 if save_placement is not None:
-                    for (file, _), image, positions in zip(loaded, batch, model.place(batch)):
-                        _save_placement(model, image, positions, _picture_path(save_placement, file, len(files)))
+                    for file, image in loaded:
+                        _save_placement(model, image, _picture_path(save_placement, file, len(files)))
     if as_json:
         click.echo(json.dumps(
             [dict(file=str(file), classes=[score._asdict() for score in row]) for file, row in results], indent=1))
@@ -133,11 +134,32 @@ def _picture_path(path: Path, file: Path, n_files: int) -> Path:
     return path if n_files == 1 else path.with_name(f'{path.stem}-{file.stem}.png')
 
 
-def _save_placement(model: nn.Module, image: torch.Tensor, positions: torch.Tensor, path: Path) -> None:
-    from .tasks.draw import draw_placement
+def _is_dht(model: nn.Module) -> bool:
+    return isinstance(model, timm_spot.models.DhtVisionTransformer)
 
-    embed, picture = model.patch_embed, prediction.denormalize(model, image)
-    _save_figure(draw_placement(picture, positions, embed.window, convention=embed.convention).figure, path)
+
+def _choose_prior(
+        model: nn.Module, sampler: Optional[str], saliency: Optional[str], transform: Callable[..., Any],
+) -> Callable[..., Any]:
+    """`choose_prior`, which a dHT model has no use for: its tokens follow the image."""
+    if not _is_dht(model):
+        return choose_prior(model, sampler, saliency, transform)
+    if sampler or saliency:
+        raise ValueError('a dHT model finds its tokens itself: leave out --sampler and --saliency.')
+    return lambda *_: None
+
+
+def _save_placement(model: nn.Module, image: torch.Tensor, path: Path) -> None:
+    """Draw the windows, or the regions, that a model takes as the tokens of an image (3, H, W)."""
+    from .tasks.draw import draw_placement, draw_regions
+
+    picture = prediction.denormalize(model, image)
+    if _is_dht(model):
+        figure = draw_regions(picture, model.segment(image[None]).segmentation[0]).figure
+    else:
+        embed, positions = model.patch_embed, model.place(image[None])
+        figure = draw_placement(picture, positions, embed.window, convention=embed.convention).figure
+    _save_figure(figure, path)
 
 
 def _save_figure(figure: Figure, path: Path) -> None:
@@ -223,7 +245,7 @@ def oracle(
 def models() -> None:
     """List names, tags, parameters and where the weights come from."""
     rows = [('model', 'tag', 'parameters', 'weights')]
-    for name in timm.list_models('spot_*'):
+    for name in timm.list_models(_NAMES):
         parameters = sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
         for tagged in timm.list_models(f'{name}.*', include_tags=True):
             cfg = timm.get_pretrained_cfg(tagged)
@@ -231,6 +253,8 @@ def models() -> None:
                 source = f'Hub: {cfg.hf_hub_id}'
             elif cfg.file:
                 source = 'in the package'
+            elif not cfg.origin_url:
+                source = 'none'
             else:
                 source = f"the authors' file, see {cfg.origin_url}"
             rows.append((name, cfg.tag, f'{parameters / 1e6:.1f} M', source))
@@ -304,8 +328,9 @@ def push(folder: Path, repo_id: str, private: bool, revision: Optional[str], dry
 @main.command()
 @click.argument('image', type=click.Path(path_type=Path))
 @click.option('--out', type=click.Path(path_type=Path), required=True, help='Picture to write.')
-@click.option('--kind', type=click.Choice(['placement', 'seen', 'priors', 'trajectory', 'film', 'pruning']),
-              default='placement', show_default=True)
+@click.option('--kind', type=click.Choice([
+    'placement', 'seen', 'priors', 'trajectory', 'film', 'pruning', 'regions', 'means', 'hierarchy']),
+    show_default='placement')
 @click.option('--model', 'name', default=DEFAULT_MODEL, show_default=True, help='Name, hf-hub:ID or local-dir:PATH.')
 @click.option('--n-tokens', type=int, help='Budget; by default that of the model (priors: 25).')
 @click.option('--sampler', help='Spatial prior that places the tokens; by default that of the model.')
@@ -318,7 +343,7 @@ def push(folder: Path, repo_id: str, private: bool, revision: Optional[str], dry
 def draw(
         image: Path,
         out: Path,
-        kind: str,
+        kind: Optional[str],
         name: str,
         n_tokens: Optional[int],
         sampler: Optional[str],
@@ -338,8 +363,21 @@ def draw(
     trajectory  a search for the placement of least entropy: start, path and end of every token, and the loss
     film        the same as a .gif, or .mp4 with ffmpeg
     pruning     which tokens the model drops at which stage; one that drops none is pruned by --scorer
+    regions     of a dHT model (the only kinds it has, and this the default): borders of its tokens
+    means       each of them filled with its mean colour
+    hierarchy   its levels, one by one
     """
-    from .tasks.draw import animate, draw_placement, draw_priors, draw_pruning, draw_seen, draw_trajectory
+    from .tasks.draw import (
+        animate,
+        draw_hierarchy,
+        draw_placement,
+        draw_priors,
+        draw_pruning,
+        draw_region_means,
+        draw_regions,
+        draw_seen,
+        draw_trajectory,
+    )
     from .tasks.oracle import optimize_positions
 
     with clean_errors():
@@ -347,6 +385,19 @@ def draw(
         transform, embed = prediction.model_transform(model), model.patch_embed
         batch = prediction.load_image(image, transform)[None]
         picture = prediction.denormalize(model, batch[0])
+        region_kinds = dict(regions=draw_regions, means=draw_region_means)
+        if _is_dht(model) != ((kind or ('regions' if _is_dht(model) else '')) in (*region_kinds, 'hierarchy')):
+            raise ValueError(f'--kind {kind} does not suit {name}: see `timm-spot draw --help`.')
+        if _is_dht(model):
+            _choose_prior(model, sampler, saliency, transform)
+            regions = model.segment(batch)
+            if kind == 'hierarchy':
+                axes = draw_hierarchy(picture, [level[0] for level in regions.levels])[0, 0]
+            else:
+                axes = region_kinds[kind or 'regions'](picture, regions.segmentation[0])
+            _save_figure(axes.figure, out)
+            return
+        kind = kind or 'placement'
         if kind == 'priors':
             _save_figure(draw_priors(picture, n_tokens or 25, embed.window)[0, 0].figure, out)
             return
@@ -372,6 +423,45 @@ def draw(
             _save_figure(draw_trajectory(picture, result)[0].figure, out)
         else:
             animate(picture, result, embed.window, out, convention=embed.convention)
+
+
+@main.command()
+@click.argument('images', nargs=-1, required=True)
+@click.option('--out', type=click.Path(file_okay=False, path_type=Path), required=True, help='Folder for the SVGs.')
+@click.option('--max-side', type=click.IntRange(min=1), default=512, show_default=True,
+              help='Shrink pictures whose longer side exceeds this.')
+@click.option('--regions', type=click.IntRange(min=1), help='About how many; by default sqrt(height * width).')
+@click.option('--tolerance', type=float, default=0.1, show_default=True, help='More leaves out more detail.')
+@click.option('--smoothing', type=int, default=1, show_default=True,
+              help='How often corners are rounded: 2 looks drawn, 1 is nearer to the picture.')
+@click.option('--stroke', type=float, default=0.5, show_default=True, help='Width of the lines that close gaps, in px.')
+@click.option('--background/--no-background', default=True, show_default=True)
+def vectorize(
+        images: Tuple[str, ...],
+        out: Path,
+        max_side: int,
+        regions: Optional[int],
+        tolerance: float,
+        smoothing: int,
+        stroke: float,
+        background: bool,
+) -> None:
+    """Draw IMAGES (files, folders, globs) as SVG: a path of smooth curves for each region."""
+    from .tasks.vectorize import RasterToVector, read_picture
+
+    with clean_errors():
+        files = prediction.find_images(images)
+        model = RasterToVector(
+            target=regions, tolerance=tolerance, smoothing=smoothing, stroke=stroke,
+            patch_size=32 if background else None)
+        out.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            begin = time.monotonic()
+            svg, = model(read_picture(file, max_side))
+            path = out / f'{file.stem}.svg'
+            path.write_text(svg)
+            click.echo(f'{path}  {svg.count("<path")} paths, {path.stat().st_size / 1024:.0f} KiB, '
+                       f'{time.monotonic() - begin:.1f} s')
 
 
 if __name__ == '__main__':

@@ -115,8 +115,12 @@ def _from_vit(state_dict: StateDict, model: nn.Module) -> StateDict:
         out['patch_embed.n_sigma'] = torch.ones(())
         out['patch_embed.pos_proj.weight'] = torch.zeros_like(embed.pos_proj.weight, device='cpu')
     else:
-        fold_table(out, *_split_table(table, out, model, grid_weight), pos_nodes=embed.pos_nodes)
+        fold_table(out, *split_table(table, out, model, grid_weight), pos_nodes=embed.pos_nodes)
+    return adapt_tail(out, model)
 
+
+def adapt_tail(out: StateDict, model: nn.Module) -> StateDict:
+    """Complete a ViT's state dict, changed in place: layer scale of one, its norm behind the pooling, a zero head."""
     target = model.state_dict()
     for key in target:
         if key.endswith(('ls1.gamma', 'ls2.gamma')) and key not in out:
@@ -145,18 +149,23 @@ def fold_table(
         pos_nodes: Nodes per axis of the position feature.
         extent: Part of the image's height and width that the table covers.
     """
-    for name in ('cls_token', 'reg_token'):
-        if prefix.shape[1] and name in state_dict:
-            rows = state_dict[name].shape[1]
-            state_dict[name] = state_dict[name] + prefix[:, :rows]
-            prefix = prefix[:, rows:]
+    fold_prefix(state_dict, prefix)
     n_sigma = torch.ones(())
     state_dict['patch_embed.n_sigma'] = n_sigma
     state_dict['patch_embed.pos_proj.weight'] = fit_position_weights(
         table.cpu(), pos_nodes, patch_sigma(n_sigma, pos_nodes), extent)
 
 
-def _split_table(
+def fold_prefix(state_dict: StateDict, prefix: torch.Tensor) -> None:
+    """Add the rows (1, prefix, D) of a ViT's position table to its class token and registers, in place."""
+    for name in ('cls_token', 'reg_token'):
+        if prefix.shape[1] and name in state_dict:
+            rows = state_dict[name].shape[1]
+            state_dict[name] = state_dict[name] + prefix[:, :rows]
+            prefix = prefix[:, rows:]
+
+
+def split_table(
         table: torch.Tensor,
         state_dict: StateDict,
         model: nn.Module,

@@ -136,6 +136,61 @@ def draw_pruning(
     return ax
 
 
+def draw_regions(image: Picture, segmentation: torch.Tensor, ax: Optional[Axes] = None) -> Axes:
+    """Draw an image with the borders of its regions.
+
+    Args:
+        image: See `draw_placement`.
+        segmentation: (H, W), a number for each region.
+        ax: Where to draw; a new figure by default.
+
+    Raises:
+        TypeError: `image` is of no known kind.
+        ValueError: The segmentation has another size than the image.
+    """
+    picture = to_picture(image).copy()
+    ids = _region_ids(segmentation, picture)
+    border = np.zeros(ids.shape, dtype=bool)
+    border[1:] |= ids[1:] != ids[:-1]
+    border[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+    picture[border] = _rgb(ORANGE)
+    ax = _new_axes(picture) if ax is None else ax
+    _show(ax, picture)
+    ax.set_title(f'{len(np.unique(ids))} regions', color=GREY, fontsize='medium')
+    return ax
+
+
+def draw_region_means(image: Picture, segmentation: torch.Tensor, ax: Optional[Axes] = None) -> Axes:
+    """Draw an image from nothing but the mean colour of each region, as `draw_regions`; the title says how well."""
+    picture = to_picture(image)
+    ids = np.unique(_region_ids(segmentation, picture), return_inverse=True)[1].reshape(picture.shape[:2])
+    sums = np.stack([np.bincount(ids.ravel(), channel.ravel()) for channel in picture.transpose(2, 0, 1)], axis=1)
+    means = (sums / np.bincount(ids.ravel())[:, None])[ids]
+    error = np.square(means - picture).mean()
+    ax = _new_axes(picture) if ax is None else ax
+    _show(ax, means)
+    psnr = '∞' if error == 0 else f'{-10 * np.log10(error):.1f}'
+    ax.set_title(f'{ids.max() + 1} means, PSNR {psnr} dB', color=GREY, fontsize='medium')
+    return ax
+
+
+def draw_hierarchy(image: Picture, levels: Sequence[torch.Tensor]) -> np.ndarray:
+    """Draw the levels of a hierarchy, `regions.levels` of one image: borders above, means below.
+
+    Returns:
+        Axes (2, levels).
+    """
+    picture = to_picture(image)
+    if not levels:
+        raise ValueError('levels is empty: an image of so few pixels has no hierarchy.')
+    width, height = _figure_size(picture)
+    axes = _new_figure(width * len(levels), 2 * height).subplots(2, len(levels), squeeze=False)
+    for column, segmentation in zip(axes.T, levels):
+        draw_regions(image, segmentation, column[0])
+        draw_region_means(image, segmentation, column[1])
+    return axes
+
+
 def draw_trajectory(
         image: Picture,
         result: OracleResult,
@@ -421,6 +476,13 @@ def _covered(centres: np.ndarray, sides: np.ndarray, picture: np.ndarray) -> np.
     return (y[:, :, None] & x[:, None, :]).any(axis=0)
 
 
+def _region_ids(segmentation: torch.Tensor, picture: np.ndarray) -> np.ndarray:
+    if tuple(segmentation.shape) != picture.shape[:2]:
+        raise ValueError(
+            f'segmentation of shape {tuple(segmentation.shape)} must match the image, {picture.shape[:2]}.')
+    return segmentation.cpu().numpy()
+
+
 def _trajectory(result: OracleResult, index: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """Positions (steps + 1, N, 2) and losses (steps + 1,) of one image of a result."""
     if result.trajectory is None:
@@ -453,6 +515,12 @@ def _show(ax: Axes, picture: np.ndarray) -> None:
     ax.imshow(picture, extent=(-0.5, W - 0.5, H - 0.5, -0.5))
     _hide_frame(ax)
     ax.set(xlim=(-0.5, W - 0.5), ylim=(H - 0.5, -0.5))
+
+
+def _rgb(color: str) -> Tuple[float, float, float]:
+    from matplotlib.colors import to_rgb
+
+    return to_rgb(color)
 
 
 def _hide_frame(ax: Axes) -> None:

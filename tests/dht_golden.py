@@ -1,0 +1,37 @@
+"""The reference numbers of the hierarchical tokenizer, from `tests/data/dht`."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Dict, Tuple
+
+import torch
+from safetensors import safe_open
+
+import timm_spot
+
+DATA = Path(__file__).parent / 'data' / 'dht'
+MAIN = ('released_64x64', 'released_50x67', 'random_64x64')
+
+
+def load(name: str) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
+    """Tensors and settings of one file."""
+    with safe_open(DATA / f'{name}.safetensors', 'pt') as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()['config'])
+
+
+def tokenizer_settings(config: Dict[str, Any]) -> Dict[str, Any]:
+    names = ('hid_ch', 'cmp', 'iota', 'criterion', 'center', 'min_avg_region', 'compute_grad')
+    return {name: config[name] for name in names}
+
+
+def make_tokenizer(name: str) -> timm_spot.HierarchicalTokenizer:
+    """The tokenizer of one file, in eval mode."""
+    tensors, config = load(name)
+    weights = {k.removeprefix('weights.').removeprefix('model.'): v for k, v in tensors.items()}
+    return timm_spot.HierarchicalTokenizer(**tokenizer_settings(config)).load_authors(weights).eval()
+
+
+def same_partition(a: torch.Tensor, b: torch.Tensor) -> bool:
+    pairs = torch.stack([a.flatten().long(), b.flatten().long()]).unique(dim=1).shape[1]
+    return len(a.unique()) == len(b.unique()) == pairs

@@ -1,0 +1,144 @@
+"""One filter for three kinds of checkpoint of dHT models: native, the authors' classifier, any timm VisionTransformer.
+
+Paper: `Differentiable Hierarchical Visual Tokenization` (dHT) - https://arxiv.org/abs/2511.02652
+"""
+from __future__ import annotations
+
+import math
+import re
+from typing import Dict
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_patch_embed
+from timm.models._input import update_model_args
+from torch import nn
+
+from ..ops.region_features import fit_histogram_weights
+from .checkpoint import adapt_tail, fold_prefix, split_table
+
+StateDict = Dict[str, torch.Tensor]
+
+# The authors' names on the left, timm's on the right; theirs apply k_norm to queries.
+_AUTHORS_NAMES = (
+    (r'^tokenizer\.', 'patch_embed.tokenizer.'),
+    (r'^extractor\._mix$', 'patch_embed.mix'),
+    (r'^extractor\.pixel_mask_token$', 'patch_embed.pixel_token'),
+    (r'^embedder\.proj\.bias$', 'patch_embed.proj.bias'),
+    (r'^embedder\.norm_pre\.', 'norm_pre.'),
+    (r'^blocks\.(\d+)\.(ls1|ls2)\.lambda_$', r'blocks.\1.\2.gamma'),
+    (r'^blocks\.(\d+)\.attn\.k_norm\.', r'blocks.\1.attn.q_norm.'),
+    (r'^blocks\.(\d+)\.attn\.q_norm\.', r'blocks.\1.attn.k_norm.'),
+)
+_AUTHORS_HANDLED = ('embedder.proj.weight', 'embedder.cls_token', 'tokenizer.gradient.kernel')
+
+
+def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
+    """Turn any known checkpoint into one of `model`'s keys.
+
+    Recognised by their keys: native ones (unchanged), the authors' (`embedder.proj.weight`), and those of any timm
+    VisionTransformer, whose position table becomes weights of the position histogram in closed form. A ViT knows
+    nothing of regions: the tokenizer keeps its start.
+
+    Raises:
+        ValueError: The checkpoint has none of these forms, or one that does not suit the model.
+    """
+    state_dict = state_dict.get('model', state_dict)
+    if 'patch_embed.pixel_token' in state_dict:
+        return state_dict
+    if 'embedder.proj.weight' in state_dict:
+        return _from_authors(state_dict, model)
+    if 'patch_embed.proj.weight' in state_dict and 'patch_embed.pos_proj.weight' not in state_dict:
+        return _from_vit(state_dict, model)
+    raise ValueError(
+        "this checkpoint is none of: a timm_spot dHT model (has 'patch_embed.pixel_token'), the authors' dHT (has "
+        "'embedder.proj.weight'), a timm VisionTransformer (has 'patch_embed.proj.weight'). "
+        f"Its first keys are {', '.join(map(repr, list(state_dict)[:5])) or 'none at all'}.")
+
+
+def _from_authors(state_dict: StateDict, model: nn.Module) -> StateDict:
+    embed = model.patch_embed
+    out = {}
+    for key, value in state_dict.items():
+        if key in _AUTHORS_HANDLED:
+            continue
+        for pattern, name in _AUTHORS_NAMES:
+            key, found = re.subn(pattern, name, key)
+            if found:
+                break
+        out[key] = value
+    prefix = state_dict['embedder.cls_token'][None]
+    out['cls_token'] = prefix[:, :1]
+    if prefix.shape[1] > 1:
+        out['reg_token'] = prefix[:, 1:]
+    side = out['patch_embed.pixel_token'].shape[-1]
+    if side != embed.patch_size[0]:
+        raise ValueError(f'this checkpoint has windows of {side} px, the model patch_size={embed.patch_size[0]}.')
+
+    weight = state_dict['embedder.proj.weight']
+    pixels, cells = 3 * side ** 2, side ** 2
+    # Whether a vector holds the gradient histogram is seen from the length of what is left for the position.
+    rest = weight.shape[1] - pixels
+    has_gradient = 'tokenizer.gradact.lmbda' in state_dict and rest > cells and _is_square(rest - cells)
+    positions = rest - cells if has_gradient else rest
+    if positions < 1 or not _is_square(positions):
+        raise ValueError(
+            f"'embedder.proj.weight' of shape {tuple(weight.shape)} should have 3 p p + P P (+ p p) columns, p={side}.")
+    out['patch_embed.proj.weight'] = weight[:, :pixels].reshape(-1, 3, side, side)
+    out['patch_embed.pos_proj.weight'] = weight[:, pixels:pixels + positions]
+    if has_gradient:
+        out['patch_embed.grad_proj.weight'] = weight[:, pixels + positions:]
+    _resize_positions(out, model)
+    if embed.grad_proj is None:
+        out.pop('patch_embed.tokenizer.gradact.lmbda', None)
+        if has_gradient:
+            raise ValueError("this checkpoint has a gradient histogram: build with tokenizer=dict(compute_grad=True).")
+    elif not has_gradient:
+        out['patch_embed.grad_proj.weight'] = weight.new_zeros(weight.shape[0], cells)
+        out.setdefault('patch_embed.tokenizer.gradact.lmbda', weight.new_zeros(2, 1, 1))
+    return out
+
+
+def _is_square(n: int) -> bool:
+    return math.isqrt(n) ** 2 == n
+
+
+def _resize_positions(state_dict: StateDict, model: nn.Module) -> None:
+    """Resize position columns to the model's cells, and let it scale histograms as the old ones were."""
+    embed, key = model.patch_embed, 'patch_embed.pos_proj.weight'
+    weight = state_dict[key]
+    old = math.isqrt(weight.shape[1])
+    if old == embed.pos_size:
+        return
+    side = embed.pos_size
+    state_dict[key] = F.interpolate(
+        weight.view(-1, 1, old, old).float(), (side, side), mode='bicubic').to(weight.dtype).flatten(1)
+    embed.pos_scale = old
+    update_model_args(model, pos_scale=old)
+
+
+def _from_vit(state_dict: StateDict, model: nn.Module) -> StateDict:
+    out = dict(state_dict)
+    embed = model.patch_embed
+    side = embed.patch_size[0]
+    grid_weight = out['patch_embed.proj.weight']
+    if tuple(grid_weight.shape[-2:]) != (side, side):
+        out['patch_embed.proj.weight'] = resample_patch_embed(grid_weight, [side, side])
+    target = model.state_dict()
+    table = out.pop('pos_embed', None)
+    if table is None:
+        out['patch_embed.pos_proj.weight'] = torch.zeros(target['patch_embed.pos_proj.weight'].shape)
+    else:
+        prefix, table = split_table(table, out, model, grid_weight)
+        fold_prefix(out, prefix)
+        out['patch_embed.pos_proj.weight'] = fit_histogram_weights(table, embed.pos_size, embed.pos_scale)
+    if embed.grad_proj is not None:
+        out['patch_embed.grad_proj.weight'] = torch.zeros(target['patch_embed.grad_proj.weight'].shape)
+    out.setdefault('patch_embed.proj.bias', torch.zeros(model.embed_dim))
+    for key, value in target.items():
+        if key.startswith('patch_embed.'):
+            out.setdefault(key, value)
+    if 'norm_pre.weight' not in out and not isinstance(model.norm_pre, nn.Identity):
+        model.norm_pre = nn.Identity()  # any norm would change what the ViT's blocks read
+        update_model_args(model, pre_norm=False)
+    return adapt_tail(out, model)

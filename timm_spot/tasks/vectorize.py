@@ -1,0 +1,148 @@
+"""Raster to vector: one closed path of smooth curves for each region of an image, as SVG.
+
+Paper: `Differentiable Hierarchical Visual Tokenization` (dHT) - https://arxiv.org/abs/2511.02652
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, List, Optional
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+
+from ..models.hierarchical_tokenizer import HierarchicalTokenizer, check_region_images
+from ..ops.outlines import fit_cubics, round_corners, simplify, trace_outlines
+from ..ops.region_features import region_means
+
+WEIGHTS = Path(__file__).parent.parent / 'weights' / 'dht_ras2vec.r2v.safetensors'
+
+
+@torch.inference_mode()
+def vectorize(
+        images: torch.Tensor,
+        tokenizer: HierarchicalTokenizer,
+        target: Optional[int] = None,
+        patch_size: Optional[int] = 32,
+        smoothing: int = 2,
+        tolerance: float = 0.1,
+        stroke: float = 1.,
+) -> List[str]:
+    """Draw images as SVG, each region a path filled with its mean colour.
+
+    Paths stand in the order of the regions' first pixels, so that what lies inside a region's hole is painted over it.
+
+    Args:
+        images: (B, 3, H, W), normalised with ImageNet's mean and standard deviation.
+        tokenizer: Finds the regions; in eval mode the same image always gives the same file.
+        target: Regions of an image (usually a few more), round(sqrt(H * W)) by default.
+        patch_size: Side of the squares of the background, which shows between the paths; None for no background.
+        smoothing: How often the corners of an outline are rounded, at least once.
+        tolerance: Points whose triangle with both neighbours has at most half this area (in square pixels) are left
+            out after each rounding: more gives fewer curves and less detail.
+        stroke: Width of the line, in the colour of the region, that closes the gaps between paths; in pixels.
+
+    Returns:
+        The text of one SVG file for each image, of the size of the image.
+
+    Raises:
+        ValueError: `smoothing` or `patch_size` below 1, or a negative `tolerance` or `stroke`.
+    """
+    check_region_images(images)
+    if smoothing < 1:
+        raise ValueError(f'smoothing={smoothing} must be at least 1.')
+    if patch_size is not None and patch_size < 1:
+        raise ValueError(f'patch_size={patch_size} must be at least 1, or None for no background.')
+    if tolerance < 0 or stroke < 0:
+        raise ValueError(f'tolerance={tolerance} and stroke={stroke} must not be negative.')
+    H, W = images.shape[-2:]
+    target = max(1, round((H * W) ** 0.5)) if target is None else target
+    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    out = []
+    for image in images.split(1):
+        regions = tokenizer(image, target)
+        picture = image * std + mean
+        colors = _to_rgb(region_means(picture, regions.segmentation, regions.sizes).T)
+        outlines = simplify(trace_outlines(regions.segmentation[0].cpu().numpy()), 0.)
+        for _ in range(smoothing):
+            outlines = simplify(round_corners(outlines), tolerance)
+        lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{W}" height="{H}">']
+        if patch_size is not None:
+            lines += _background(_to_rgb(picture[0].permute(1, 2, 0)), patch_size)
+        lines += _paths(*fit_cubics(outlines), colors, stroke)
+        out.append('\n'.join([*lines, '</svg>']))
+    return out
+
+
+def _to_rgb(colors: torch.Tensor) -> np.ndarray:
+    return (255 * colors).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+
+
+def _background(picture: np.ndarray, side: int) -> List[str]:
+    """Squares in the colour of their top left pixel."""
+    H, W, _ = picture.shape
+    return [
+        f'<rect x="{x}" y="{y}" width="{min(side, W - x)}" height="{min(side, H - y)}" '
+        f'fill="rgb({",".join(map(str, picture[y, x]))})"/>'
+        for y in range(0, H, side) for x in range(0, W, side)]
+
+
+def _paths(ids: np.ndarray, curves: np.ndarray, colors: np.ndarray, stroke: float) -> List[str]:
+    lines = []
+    first = np.flatnonzero(np.diff(ids, prepend=-1))
+    for part in np.split(np.arange(len(ids)), first[1:]) if len(ids) else []:
+        start = '{:.3f},{:.3f}'.format(*curves[part[0], 0])
+        bends = ''.join(
+            ' C {:.3f},{:.3f} {:.3f},{:.3f} {:.3f},{:.3f}'.format(*curve[1:].ravel()) for curve in curves[part])
+        rgb = f'rgb({",".join(map(str, colors[ids[part[0]]]))})'
+        lines.append(f'<path d="M {start}{bends} Z" stroke="{rgb}" stroke-width="{stroke}" fill="{rgb}"/>')
+    return lines
+
+
+class RasterToVector(nn.Module):
+    """`vectorize` with the released tokenizer: images (B, 3, H, W), normalised as ImageNet's, to a list of SVG texts.
+
+    The weights (1,614 parameters) are in the package, under the authors' licence (MIT).
+
+    Args:
+        pretrained: Load the released weights.
+        **options: Of `vectorize`.
+
+    Example:
+        >>> import torch, timm_spot
+        >>> svg, = timm_spot.RasterToVector()(torch.zeros(1, 3, 32, 32))
+        >>> svg.splitlines()[0]
+        '<svg xmlns="http://www.w3.org/2000/svg" width="32" height="32">'
+    """
+
+    def __init__(self, pretrained: bool = True, **options: Any) -> None:
+        super().__init__()
+        self.tokenizer = HierarchicalTokenizer(hid_ch=8, cmp=0.01, compute_grad=True)
+        if pretrained:
+            self.tokenizer.load_authors(load_file(WEIGHTS))
+        self.options = options
+        self.eval()
+
+    def forward(self, images: torch.Tensor) -> List[str]:
+        return vectorize(images, self.tokenizer, **self.options)
+
+
+def read_picture(path: Path, max_side: Optional[int] = None) -> torch.Tensor:
+    """Read one picture as a normalised batch (1, 3, H, W), shrunk where its longer side exceeds `max_side`.
+
+    Raises:
+        ValueError: The file is no picture, or is damaged; names the file.
+    """
+    from .predict import load_image
+
+    def transform(image: Image.Image) -> torch.Tensor:
+        if max_side is not None and max(image.size) > max_side:
+            image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+        return (pixels - mean) / std
+
+    return load_image(path, transform)
