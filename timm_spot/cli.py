@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import sys
 import time
@@ -48,15 +49,20 @@ def clean_errors() -> Iterator[None]:
         raise click.ClickException(str(e) or type(e).__name__) from e
 
 
-def create_model(name: str, weights: Optional[str] = None, **kwargs: Any) -> nn.Module:
-    """A model in eval mode with its weights; for an unknown name an error with the closest known ones."""
+def create_any_model(name: str, weights: Optional[str] = None, **kwargs: Any) -> nn.Module:
+    """A timm model in eval mode with its weights; for an unknown name an error with the closest known ones."""
     if ':' not in name and not timm.is_model(name):
         known = timm.list_models(_NAMES) + timm.list_models(_NAMES, include_tags=True)
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f" Did you mean {' or '.join(close)}?" if close else ''
         raise ValueError(f'unknown model {name}.{hint} `timm-spot models` lists them all.')
     overlay = dict(file=weights) if weights else None
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+
+
+def create_model(name: str, weights: Optional[str] = None, **kwargs: Any) -> nn.Module:
+    """A model of ours, see `create_any_model`; an error for any other."""
+    model = create_any_model(name, weights, **kwargs)
     if not isinstance(model, (timm_spot.models.SubpixelVisionTransformer, timm_spot.models.DhtVisionTransformer)):
         raise ValueError(f'{name} is no model of timm_spot: `timm-spot models` lists those that are.')
     return model
@@ -462,6 +468,130 @@ def vectorize(
             path.write_text(svg)
             click.echo(f'{path}  {svg.count("<path")} paths, {path.stat().st_size / 1024:.0f} KiB, '
                        f'{time.monotonic() - begin:.1f} s')
+
+
+class _List(click.ParamType):
+    """Values separated by commas."""
+
+    name = 'LIST'
+
+    def __init__(self, convert: Callable[[str], Any]) -> None:
+        self.convert_one = convert
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(self.convert_one(part.strip()) for part in value.split(',') if part.strip())
+        except ValueError:
+            self.fail(f'{value!r} is no list of numbers, such as 25,49.', param, ctx)
+
+
+@main.command()
+@click.argument('data', default='digits')
+@click.option('--model', 'names', multiple=True, default=(DEFAULT_MODEL,), show_default=True,
+              help='Any timm model: name, hf-hub:ID or local-dir:PATH; several with several --model.')
+@click.option('--samplers', type=_List(str), default='grid,uniform,gaussian,sobol,isotropic,center,salient',
+              show_default=True)
+@click.option('--budgets', type=_List(int), default='25,49,100,196', show_default=True)
+@click.option('--oracle', metavar='SAMPLER', help='Also search by gradient from this start; it sees the labels.')
+@click.option('--knn', 'train', metavar='TRAIN_DATA', help='Also classify by nearest neighbours in this data set.')
+@click.option('--knn-k', type=click.IntRange(min=1), default=20, show_default=True)
+@click.option('--knn-temperature', type=float, default=0.07, show_default=True)
+@click.option('--baselines', type=_List(str), default='', help='Any of patch-drop,low-res,top-k.')
+@click.option('--seeds', type=_List(int), default='0', show_default=True, help='For placements that are drawn.')
+@click.option('--saliency', metavar='spectral|attention:NAME|FOLDER', default='spectral', show_default=True,
+              help='Maps for the salient samplers.')
+@click.option('--split', default='validation', show_default=True)
+@click.option('--data-dir', help='Folder of a data set that DATA names with a prefix.')
+@click.option('--class-map', default='', help="Names of the model's classes in order, one a line, for a folder or tar.")
+@click.option('--amp', type=click.Choice(['bfloat16', 'float16']), help='Run the models under autocast.')
+@click.option('--batch-size', type=click.IntRange(min=1), default=64, show_default=True)
+@click.option('--workers', type=int, default=0, show_default=True, help='Processes that decode pictures.')
+@click.option('--device', default='cpu', show_default=True)
+@click.option('--skip-broken', is_flag=True, help='Leave out pictures that cannot be read, and list them.')
+@click.option('--out', type=click.Path(file_okay=False, path_type=Path), default='evaluation', show_default=True)
+def evaluate(
+        data: str,
+        names: Tuple[str, ...],
+        train: Optional[str],
+        knn_k: int,
+        knn_temperature: float,
+        split: str,
+        data_dir: Optional[str],
+        class_map: str,
+        device: str,
+        out: Path,
+        amp: Optional[str],
+        batch_size: int,
+        workers: int,
+        skip_broken: bool,
+        **what: Any,
+) -> None:
+    """Measure models by placement and budget on DATA, and write results.csv, results.md and report.html.
+
+    DATA is 'digits' (the shipped canvases), a folder or tar of pictures, or a data set of timm by name, such as
+    hfds/imagenet-1k. Rows that OUT has already are not computed again. Several processes: `accelerate launch -m
+    timm_spot.cli evaluate ...`.
+    """
+    from .tasks import evaluate as evaluation
+    from .tasks.data import Pictures
+    from .tasks.processes import start_processes
+    from .tasks.report import check_matplotlib, write_report
+
+    with clean_errors():
+        check_matplotlib()
+        processes = start_processes(device)
+        out.mkdir(parents=True, exist_ok=True)
+        models = {name: create_any_model(name) for name in names}
+        pictures = Pictures(data, split, data_dir, class_map)
+        knn = None
+        if train is not None:
+            knn = evaluation.Knn(Pictures(train, 'train', data_dir, class_map), knn_k, knn_temperature)
+        cells = evaluation.list_cells(models, pictures, split, amp=amp, knn=knn, **what)
+        missing = evaluation.missing_cells(cells, out)
+        with click.progressbar(
+                length=evaluation.count_work(missing, pictures, knn), label=f'{len(missing)} rows',
+                file=sys.stderr if processes.is_main else io.StringIO()) as bar:
+            broken = evaluation.evaluate(
+                cells, pictures, out, processes, knn, amp, batch_size, workers, skip_broken,
+                progress=lambda count: bar.update(count * processes.count))
+        if not processes.is_main:
+            return
+        write_report(out, models, pictures)
+    for message in broken:
+        click.secho(f'skipped: {message}', fg='yellow', err=True)
+    click.echo((out / 'results.md').read_text(encoding='utf-8'))
+    click.echo(f'{len(missing)} rows computed, {len(cells) - len(missing)} found; report: {out / "report.html"}')
+
+
+@main.command()
+@click.argument('name', type=click.Choice(['grids', 'priors', 'saliency', 'transfer']))
+@click.option('--weights', type=click.Path(), multiple=True,
+              help='Also study the digit model with these weights (recipes/train_digits.py --seed 1 makes some).')
+@click.option('--images', type=click.IntRange(2, 359), default=359, show_default=True,
+              help='Canvases, one of each held-out digit.')
+@click.option('--out', type=click.Path(file_okay=False, path_type=Path), default='studies', show_default=True)
+def study(name: str, weights: Tuple[str, ...], images: int, out: Path) -> None:
+    """Run one of the page's case studies on digit canvases; writes NAME.md and NAME.png.
+
+    \b
+    grids      off the grid against on it, oracle placements snapped to it included
+    priors     object-centric against even priors
+    saliency   do oracle placements drift towards salient pixels?
+    transfer   placements found with one model, used by another (needs --weights)
+    """
+    from .tasks import studies
+
+    with clean_errors():
+        out.mkdir(parents=True, exist_ok=True)
+        models = {'shipped': create_model(DEFAULT_MODEL)}
+        models.update({Path(file).parent.name or file: create_model(DEFAULT_MODEL, file) for file in weights})
+        found = studies.STUDIES[name](models, studies.draw_study_canvases(images), out)
+        table = studies.format_study(found)
+        (out / f'{name}.md').write_text(table + '\n', encoding='utf-8')
+        studies.draw_study(found).savefig(out / f'{name}.png', dpi=110)
+    click.echo(table)
 
 
 if __name__ == '__main__':

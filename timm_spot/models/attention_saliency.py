@@ -4,8 +4,8 @@ Paper: `Emerging Properties in Self-Supervised Vision Transformers` (DINO) - htt
 """
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import List, Tuple
+from contextlib import ExitStack, contextmanager
+from typing import Iterator, List, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -70,22 +70,29 @@ def _input_size(vit: nn.Module, height: int, width: int) -> Tuple[int, int]:
 
 
 def _record_attention(vit: nn.Module, images: torch.Tensor, block: int) -> List[torch.Tensor]:
-    """Attention (B, heads, L, L) of each attention layer in a block (one, but for some variants)."""
-    layers = [m for m in vit.blocks[block].modules() if hasattr(m, 'fused_attn') and hasattr(m, 'attn_drop')]
-    if not layers:
-        raise TypeError(f'vit must be a timm VisionTransformer, got {type(vit).__name__} with attention of its own.')
-    recorded: List[torch.Tensor] = []
     training = {m: m.training for m in vit.modules()}
     with ExitStack() as restore:
         for module, mode in training.items():
             restore.callback(setattr, module, 'training', mode)
+        recorded = restore.enter_context(recorded_attention(vit.blocks[block]))
+        vit.eval()
+        vit.forward_intermediates(
+            images, indices=[block % len(vit.blocks)], stop_early=True, intermediates_only=True, output_fmt='NLC')
+    return recorded
+
+
+@contextmanager
+def recorded_attention(block: nn.Module) -> Iterator[List[torch.Tensor]]:
+    """Attention (B, heads, L, L) of each attention layer in a block (one, but for some variants), as it runs."""
+    layers = [m for m in block.modules() if hasattr(m, 'fused_attn') and hasattr(m, 'attn_drop')]
+    if not layers:
+        raise TypeError(f'vit must be a timm VisionTransformer, its {type(block).__name__} has attention of its own.')
+    recorded: List[torch.Tensor] = []
+    with ExitStack() as restore:
         for layer in layers:
             # Fused attention never forms the matrix: this block computes it step by step, with the same result.
             restore.callback(setattr, layer, 'fused_attn', layer.fused_attn)
             layer.fused_attn = False
             hook = layer.attn_drop.register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0]))
             restore.callback(hook.remove)
-        vit.eval()
-        vit.forward_intermediates(
-            images, indices=[block % len(vit.blocks)], stop_early=True, intermediates_only=True, output_fmt='NLC')
-    return recorded
+        yield recorded

@@ -124,7 +124,8 @@ def run_oracle(
     if not count:
         raise ValueError('dataset is empty, or does not know its length.')
     settings = dict(
-        model=model.pretrained_cfg.get('architecture'), weights=_digest(model), images=getattr(dataset, 'names', count),
+        model=model.pretrained_cfg.get('architecture'), weights=weights_digest(model),
+        images=getattr(dataset, 'names', count),
         transform=repr(getattr(dataset, 'transform', None)), labels=labels, init=init, saliency=saliency,
         n_tokens=n_tokens, batch_size=batch_size, seed=seed, search=search)
     settings = json.loads(json.dumps(settings, default=str))
@@ -149,13 +150,11 @@ def run_oracle(
         read_maps = saliency_source(saliency, model, model_transform(model)) if saliency else None
         for i, images, targets in _batches(dataset, batch_size, missing, workers):
             images, first = images.to(device), i * batch_size
-            generators = [torch.Generator().manual_seed(1_000_003 * seed + first + j) for j in range(len(images))]
-            maps = [None] * len(images)
+            maps = None
             if read_maps is not None:
                 maps = read_maps(images, _paths(dataset, first, len(images)))
-            start = torch.cat([
-                starting_positions(model, image[None], init, n_tokens, saliency_map, generator)
-                for image, saliency_map, generator in zip(images, maps, generators)])
+            start = draw_placements(
+                model, images, init, n_tokens, maps, torch.arange(first, first + len(images)), seed)
             try:
                 result = optimize_positions(model, images, targets if labels else None, init=start, **search)
             except ValueError as e:
@@ -169,6 +168,27 @@ def run_oracle(
     if parts.exists():
         shutil.rmtree(parts)
     return OracleResult.from_safetensors(out)
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """Source of randomness for image number `index` of a dataset, whichever batch or process it falls to."""
+    return torch.Generator().manual_seed(1_000_003 * seed + index)
+
+
+def draw_placements(
+        model: nn.Module,
+        images: torch.Tensor,
+        sampler: str,
+        n_tokens: Optional[int],
+        maps: Optional[torch.Tensor],
+        index: torch.Tensor,
+        seed: int,
+) -> torch.Tensor:
+    """Placements (B, N, 2) of images of a dataset, drawn for each by `seed` and its number in `index` (B,)."""
+    return torch.cat([
+        starting_positions(
+            model, images[j:j + 1], sampler, n_tokens, None if maps is None else maps[j], image_generator(seed, i))
+        for j, i in enumerate(index.tolist())])
 
 
 def _batches(
@@ -194,7 +214,7 @@ def _paths(dataset: Dataset, first: int, count: int) -> List[str]:
     return [path for path, _ in dataset.samples[first:first + count]] if isinstance(dataset, _Pictures) else []
 
 
-def _digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module) -> str:
     """SHA-256 of all weights, so that parts of another checkpoint are never joined."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
