@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint timm-test clean
+.PHONY: help demo test lint timm-test bench clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -28,6 +28,10 @@ lint: .venv/.installed  ## Check style
 timm-test: .venv/.installed  ## Run timm's own model tests, from its source distribution, on our names
 	@echo "== timm's tests/test_models.py"
 	$(BIN)/python tests/run_timm_tests.py
+
+bench: .venv/.installed  ## Measure speed and memory, write benchmarks/RESULTS.md (TOME=FOLDER: a clone of ToMe too)
+	@echo "== python -m benchmarks (about 10 minutes on two threads)"
+	$(BIN)/python -m benchmarks $(if $(TOME),--tome $(TOME))
 
 clean:  ## Remove .venv and build products
 	rm -rf .venv build dist *.egg-info

@@ -1,113 +1,96 @@
-"""Time and memory of one SPoT-ON step against one forward pass of the same model at the same budget.
+"""Time and memory of SPoT-ON: one step against one forward pass, and whole searches of 5 steps.
 
-    python -m benchmarks.oracle
+    python -m benchmarks oracle
 
-A step is backward, optimizer and the next forward. Steps and forward passes are timed in turn, so that other load on
-the machine meets them alike; the ratio is that of the medians. Peak memory is measured in a process of its own for each
-row, on top of what the model and a forward pass need.
+A step is backward, optimizer and the next forward. Steps and forward passes are timed in turn. Peak memory is measured
+in a process of its own for each row, above what the model and a forward pass need.
 """
 from __future__ import annotations
 
-import multiprocessing
-import re
 import statistics
 import time
-from pathlib import Path
-from typing import List, Tuple
+from typing import Dict, List, Tuple
 
-import click
 import timm
 import torch
 
 import timm_spot
 
+from .measure import Config, Section, in_child, milliseconds, now, peak, reset_peak
+from .references import BASE, BareEncoder
 
-def build(name: str, batch_size: int, device: str) -> Tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+BATCH = 8
+STEPS = 5
+
+
+def run(config: Config) -> Section:
+    section = Section()
+    rows = section.table(
+        f'SPoT-ON on {BASE}, float32, batch {BATCH}', 'tokens', 'bare encoder, forward, ms', 'timm_spot, forward, ms',
+        'step, ms', 'step / bare forward', 'step / forward', f'search of {STEPS} steps, images/s', 'memory, MB',
+        'with checkpointing, MB')
+    for n in (25, 196):
+        t = measure_time(n, config)
+        memory = [in_child(measure_memory, n, checkpointing, config) for checkpointing in (False, True)]
+        ratio = t['step'] / t['bare']
+        rows.append([
+            str(n), *(milliseconds(t[k]) for k in ('bare', 'forward', 'step')), f'{ratio:.2f}',
+            f"{t['step'] / t['forward']:.2f}", f"{BATCH / t['search']:.2f}", *(f'{m:.0f}' for m in memory)])
+        section.judge(f'one oracle step, {n} tokens: forwards of the bare encoder', ratio, at_most=2.2)
+    return section
+
+
+def build(config: Config) -> Tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    model = timm.create_model(name).to(device).eval()
-    return model, torch.randn(batch_size, 3, 224, 224, device=device), torch.arange(batch_size, device=device)
+    model = timm.create_model(BASE, **config.model_args).to(config.device).eval()
+    images = torch.randn(BATCH, 3, 224, 224, device=config.device)
+    return model, images, torch.arange(BATCH, device=config.device)
 
 
-def now(device: str) -> float:
-    if device == 'cuda':
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def measure_time(
-        name: str, batch_size: int, n_tokens: int, steps: int, repeats: int, device: str) -> Tuple[float, float]:
-    """Medians, in seconds, of a forward pass and a step."""
-    model, images, targets = build(name, batch_size, device)
-    positions = timm_spot.sample_positions('isotropic', n_tokens, (224, 224)).to(device).expand(batch_size, -1, -1)
-    forwards: List[float] = []
-    strides: List[float] = []
-    begin = [0.]
+def measure_time(n_tokens: int, config: Config) -> Dict[str, float]:
+    """Medians, in seconds, of a forward pass of the bare encoder and of the model, a step, and a search."""
+    model, images, targets = build(config)
+    bare = BareEncoder(model)
+    positions = timm_spot.sample_positions('isotropic', n_tokens, (224, 224)).to(config.device).expand(BATCH, -1, -1)
+    with torch.no_grad():
+        tokens = model.patch_embed(images, positions)
+    times: Dict[str, List[float]] = dict(bare=[], forward=[], step=[], search=[])
+    begin = 0.
 
     def watch(step: int, *_: torch.Tensor) -> None:
-        end = now(device)
+        nonlocal begin
+        end = now(config.device)
         # The last evaluation has no graph to build and is no full step.
-        if 0 < step < steps:
-            strides.append(end - begin[0])
+        if 0 < step < STEPS:
+            times['step'].append(end - begin)
         with torch.inference_mode():
+            bare(tokens)
+            middle = now(config.device)
             model(images, positions)
-        begin[0] = now(device)
-        forwards.append(begin[0] - end)
+        begin = now(config.device)
+        times['bare'].append(middle - end)
+        times['forward'].append(begin - middle)
 
-    for _ in range(repeats):
-        timm_spot.optimize_positions(model, images, targets, n_tokens=n_tokens, steps=steps, callback=watch)
-    return statistics.median(forwards), statistics.median(strides)
+    def search(**kwargs: object) -> None:
+        timm_spot.optimize_positions(model, images, targets, n_tokens=n_tokens, steps=STEPS, **kwargs)
 
-
-def peak(device: str) -> float:
-    """Peak memory in MB since `reset_peak`."""
-    if device == 'cuda':
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    status = Path('/proc/self/status').read_text()
-    return int(re.search(r'VmHWM:\s+(\d+) kB', status).group(1)) / 1024
-
-
-def reset_peak(device: str) -> float:
-    """Start the peak anew from the memory in use now, and return that."""
-    if device == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path('/proc/self/clear_refs').write_text('5')  # Linux only
-    return peak(device)
+    start = time.perf_counter()
+    search()  # warms up
+    while not times['search'] or time.perf_counter() - start < config.seconds:
+        search(callback=watch)
+        before = now(config.device)
+        search()
+        times['search'].append(now(config.device) - before)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
-def measure_memory(name: str, batch_size: int, n_tokens: int, checkpointing: bool, device: str) -> float:
+def measure_memory(n_tokens: int, checkpointing: bool, config: Config) -> float:
     """Peak memory of a search, in MB, above that of the model and a forward pass. Call it in a fresh process."""
-    model, images, targets = build(name, batch_size, device)
+    torch.set_num_threads(config.threads)
+    model, images, targets = build(config)
     model.set_grad_checkpointing(checkpointing)
-
     with torch.inference_mode():
-        model(images, timm_spot.sample_positions('isotropic', n_tokens, (224, 224)).to(device)[0])
-    before = reset_peak(device)
+        model(images, timm_spot.sample_positions('isotropic', n_tokens, (224, 224)).to(config.device)[0])
+    before = reset_peak(config.device)
     timm_spot.optimize_positions(model, images, targets, n_tokens=n_tokens, steps=2)
-    return peak(device) - before
-
-
-@click.command(help=__doc__)
-@click.option('--model', 'name', default='spot_vit_base_patch16_mae', show_default=True)
-@click.option('--batch-size', default=8, show_default=True)
-@click.option('--n-tokens', multiple=True, type=int, default=(25, 196), show_default=True)
-@click.option('--steps', default=4, show_default=True)
-@click.option('--repeats', default=3, show_default=True)
-@click.option('--device', default='cpu', show_default=True)
-def main(name: str, batch_size: int, n_tokens: Tuple[int, ...], steps: int, repeats: int, device: str) -> None:
-    click.echo(f'{name}, batch of {batch_size}, torch {torch.__version__}, {torch.get_num_threads()} threads, {device}')
-    click.echo('| tokens | forward, ms | step, ms | step / forward | memory, MB | with checkpointing, MB |')
-    click.echo('|---' * 6 + '|')
-    for n in n_tokens:
-        forward, step = measure_time(name, batch_size, n, steps, repeats, device)
-        memory = []
-        for checkpointing in (False, True):
-            with multiprocessing.get_context('spawn').Pool(1) as pool:
-                memory.append(pool.apply(measure_memory, (name, batch_size, n, checkpointing, device)))
-        click.echo(
-            f'| {n} | {1e3 * forward:.0f} | {1e3 * step:.0f} | {step / forward:.2f} | '
-            + ' | '.join(f'{m:.0f}' for m in memory) + ' |')
-
-
-if __name__ == '__main__':
-    main()
+    return peak(config.device) - before

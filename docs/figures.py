@@ -21,6 +21,7 @@ from timm_spot.tasks.draw import (
     draw_hierarchy,
     draw_placement,
     draw_priors,
+    draw_pruning,
     draw_region_means,
     draw_regions,
     draw_seen,
@@ -77,6 +78,12 @@ def main() -> None:
     index = (result.losses[:, 0] - result.losses[:, -1]).argmax().item()
     save(draw_trajectory(canvases[index, None], result, index)[0].figure, 'trajectory')
     animate(canvases[index, None], result, 8, IMAGES / 'search.gif', index)
+
+    sparse = timm_spot.sparsify(model, keep_rate=0.6, scorer='received-attention')
+    positions = timm_spot.sample_positions('sobol', 64, (64, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        kept = [stage[0] for stage in sparse.kept_tokens(to_input(canvases[:1], model), positions=positions)]
+    save(draw_pruning(canvases[0, None], positions, kept, 8).figure, 'pruning')
 
 
 if __name__ == '__main__':

@@ -2,7 +2,7 @@
 
     python tests/run_timm_tests.py [NAME_PATTERN ...]
 
-By default spot_vit_tiny*, spot_vit_pico*, spot_retrofit and dht_vit_pico*.
+By default spot_vit_tiny*, spot_vit_pico*, spot_retrofit, relevance_deit_tiny* and dht_vit_pico*.
 
 Downloads timm's source distribution of the installed version with pip, which holds the tests. This file is also the
 pytest plugin that makes timm's listing functions see our models only, and classify them as the ViTs they are.
@@ -18,19 +18,31 @@ import tempfile
 from pathlib import Path
 from typing import Any, List, Sequence, Union
 
+import pytest
 import timm
 
 import timm_spot  # noqa: F401  registers the models
 
 Patterns = Union[str, Sequence[str]]
+_KINDS = ('spot_*', 'relevance_*', 'dht_*')
+_MAPS = 'asks for feature maps; the tokens left form none'
+_TORCHSCRIPT = 'TorchScript knows no exact fractions, from which the counts of tokens follow'
+_NOT_FOR_RELEVANCE = {
+    'test_model_forward_intermediates_features': _MAPS,
+    'test_model_forward_intermediates': _MAPS,
+    'test_prune_intermediate_layers_contract': _MAPS,
+    'test_model_forward_torchscript': _TORCHSCRIPT,
+    'test_model_forward_fx_torchscript': _TORCHSCRIPT,
+}
 _list_models, _list_pretrained = timm.list_models, timm.list_pretrained
 
 
 def _select(names: Sequence[str], keep: Patterns, drop: Patterns) -> List[str]:
-    """Names that match timm's patterns for `vit_*` by what follows `spot_` or `dht_`."""
+    """Names that match timm's patterns for `vit_*` and `deit_*` by what follows `spot_`, `relevance_` or `dht_`."""
     def matches(name: str, patterns: Patterns) -> bool:
         patterns = [patterns] if isinstance(patterns, str) else patterns
-        as_vit = name.replace('spot_retrofit', 'vit_retrofit').removeprefix('spot_').removeprefix('dht_')
+        name = name.removeprefix('relevance_').removeprefix('dht_')
+        as_vit = name.replace('spot_retrofit', 'vit_retrofit').removeprefix('spot_')
         return any(fnmatch.fnmatch(as_vit, p) for p in patterns)
 
     ours = [n for n in names if any(fnmatch.fnmatch(n, p) for p in os.environ['SPOT_NAMES'].split())]
@@ -47,20 +59,28 @@ def _list_ours(
 ) -> List[str]:
     if module and 'vision_transformer' not in ([module] if isinstance(module, str) else module):
         return []
-    names = _list_models(['spot_*', 'dht_*'], pretrained=pretrained, include_tags=include_tags)
-    return _select(names, filter, exclude_filters)
+    ours = [n for kind in _KINDS for n in _list_models(kind, pretrained=pretrained, include_tags=include_tags)]
+    return _select(ours, filter, exclude_filters)
 
 
 def _list_our_pretrained(filter: Patterns = '', exclude_filters: Patterns = '') -> List[str]:
-    return _select(_list_pretrained('spot_*') + _list_pretrained('dht_*'), filter, exclude_filters)
+    return _select([n for kind in _KINDS for n in _list_pretrained(kind)], filter, exclude_filters)
 
 
 if 'SPOT_NAMES' in os.environ:
     timm.list_models, timm.list_pretrained = _list_ours, _list_our_pretrained
 
 
+def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+    """Skip, for models that drop tokens, what cannot apply to them."""
+    for item in items:
+        for test, reason in _NOT_FOR_RELEVANCE.items():
+            if item.name.startswith(f'{test}[') and 'relevance_' in item.name:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
 def main() -> int:
-    names = ' '.join(sys.argv[1:]) or 'spot_vit_tiny* spot_vit_pico* spot_retrofit dht_vit_pico*'
+    names = ' '.join(sys.argv[1:]) or 'spot_vit_tiny* spot_vit_pico* spot_retrofit relevance_deit_tiny* dht_vit_pico*'
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', 'timm', '--dest', folder,
@@ -73,9 +93,10 @@ def main() -> int:
         # test_model_load_pretrained downloads weights from the Hub. How many tokens a dHT model makes depends on the
         # pixels, which FX, TorchScript and the meta device (non_std) cannot follow; its features are tokens with their
         # mask and regions, where the test of pruning takes them for one tensor.
-        chosen = '(spot_ or (dht_ and not (fx or torchscript or non_std or prune))) and not load_pretrained'
-        command = ['-m', 'pytest', '-q', '-p', 'run_timm_tests', '-k', chosen, str(tests)]
-        return subprocess.run([sys.executable, *command], env=environment, cwd=tests.parents[1], check=False).returncode
+        which = '(spot_ or relevance_ or '
+        which += '(dht_ and not (fx or torchscript or non_std or prune))) and not load_pretrained'
+        command = [sys.executable, '-m', 'pytest', '-q', '-rs', '-p', 'run_timm_tests', '-k', which, str(tests)]
+        return subprocess.run(command, env=environment, cwd=tests.parents[1], check=False).returncode
 
 
 if __name__ == '__main__':

@@ -147,7 +147,7 @@ def test_predict_by_saliency(pictures, saved):
         assert result.exit_code == 1 and says in result.stderr and 'Traceback' not in result.output
 
 
-@pytest.mark.parametrize('kind', ['placement', 'seen', 'priors', 'trajectory'])
+@pytest.mark.parametrize('kind', ['placement', 'seen', 'priors', 'trajectory', 'pruning'])
 def test_draw(pictures, saved, tmp_path, kind):
     result = run(
         'draw', pictures / 'a.png', '--out', tmp_path / 'out.png', '--kind', kind, '--model', saved, '--n-tokens', 9,

@@ -14,7 +14,16 @@ import torch
 from PIL import Image
 
 import timm_spot
-from timm_spot.tasks.draw import GREY, animate, draw_placement, draw_priors, draw_seen, draw_trajectory, to_picture
+from timm_spot.tasks.draw import (
+    GREY,
+    animate,
+    draw_placement,
+    draw_priors,
+    draw_pruning,
+    draw_seen,
+    draw_trajectory,
+    to_picture,
+)
 
 matplotlib.use('Agg')
 
@@ -149,6 +158,22 @@ def test_a_token_that_left_the_image_is_still_drawn():
     picture, _ = draw_trajectory(torch.zeros(3, 100, 100), result)
     (left, right), (bottom, top) = picture.get_xlim(), picture.get_ylim()
     np.testing.assert_allclose((left, right, bottom, top), (-10.5, 99.5, 119.5, -0.5), rtol=1e-5)
+
+
+def test_pruning_outlines_survivors_and_numbers_the_others_by_stage():
+    positions = timm_spot.sample_positions('isotropic', 4, (32, 32))[0]
+    kept = [torch.tensor([[0, 2, 3]]), torch.tensor([[2]])]
+    ax = draw_pruning(Image.new('RGB', (32, 32), 'white'), positions, kept, 16)
+    numbers = {tuple(text.get_position()): text.get_text() for text in ax.texts}
+    assert numbers == {(7.5, 7.5): '2', (23.5, 7.5): '1', (23.5, 23.5): '2'}
+    assert [p.get_xy() for p in ax.patches if not p.get_fill()] == [(-0.5, 15.5)]
+    shades = {p.get_xy(): p.get_alpha() for p in ax.patches if p.get_fill()}
+    assert shades[15.5, -0.5] > shades[-0.5, -0.5] == shades[15.5, 15.5] > 0
+    assert ax.get_title() == '4 → 3 → 1 tokens'
+    with pytest.raises(ValueError, match='kept is empty'):
+        draw_pruning(Image.new('RGB', (32, 32)), positions, [], 16)
+    with pytest.raises(ValueError, match='kept holds index 4, positions only 4 tokens'):
+        draw_pruning(Image.new('RGB', (32, 32)), positions, [torch.tensor([4])], 16)
 
 
 def test_priors_are_those_of_the_sampler():

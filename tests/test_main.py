@@ -40,3 +40,11 @@ def test_without_a_script():
     assert result.returncode == 1 and 'python -m timm_spot SCRIPT' in result.stderr
     result = run('no_such_script.py')
     assert result.returncode == 1 and 'there is no script no_such_script.py' in result.stderr
+
+
+def test_missing_data_folder_is_named(tmp_path):
+    (tmp_path / 'script.py').write_text('print("ran")')
+    result = run(tmp_path / 'script.py', '--data-dir', tmp_path / 'nowhere', '--model', 'any')
+    assert result.returncode == 1 and f'--data-dir {tmp_path}/nowhere does not exist' in result.stderr
+    assert run(tmp_path / 'script.py', '--data-dir', tmp_path, '--epochs', '1').stdout == 'ran\n'
+    assert run(tmp_path / 'script.py', '--data-dir', tmp_path / 'cache', '--dataset', 'hfds/any').stdout == 'ran\n'

@@ -21,4 +21,4 @@ def test_import_registers_models_and_loads_nothing_else():
     result = subprocess.run([sys.executable, '-c', CODE], capture_output=True, text=True, check=True, timeout=300)
     answer = json.loads(result.stdout)
     assert answer['modules'] == []
-    assert answer['names'] and all(name.startswith(('spot_', 'dht_')) for name in answer['names'])
+    assert answer['names'] and all(name.startswith(('spot_', 'dht_', 'relevance_')) for name in answer['names'])

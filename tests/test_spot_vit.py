@@ -310,3 +310,31 @@ def test_shipped_digits_load_offline():
     model = timm.create_model(PICO, pretrained=True)
     assert model.pretrained_cfg['label_names'] == tuple('0123456789')
     assert model.pretrained_cfg['tag'] == 'digits'
+
+
+def test_uint8_images_are_normalised_as_the_config_says():
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    model = create(n_tokens=9, pretrained_cfg_overlay=dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)))
+    mean, std = torch.tensor([0.1, 0.2, 0.3]).view(-1, 1, 1), torch.tensor([0.4, 0.5, 0.6]).view(-1, 1, 1)
+    torch.testing.assert_close(model(images), model((images / 255 - mean) / std), rtol=1e-4, atol=1e-5)
+
+    features = create(n_tokens=9, features_only=True, out_indices=2)
+    cfg = features.model.pretrained_cfg
+    mean, std = (torch.tensor(cfg[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+    for actual, expected in zip(features(images), features((images / 255 - mean) / std)):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+    vit = timm.create_model('vit_tiny_patch16_224', img_size=64, depth=1).eval()
+    retrofitted = timm_spot.retrofit(vit, n_tokens=4)
+    torch.testing.assert_close(retrofitted(images), retrofitted(images / 127.5 - 1), rtol=1e-4, atol=1e-5)
+
+
+def test_uint8_images_compile_without_a_break():
+    torch._dynamo.reset()
+    model = create(n_tokens=4, patch_size=4, depth=1)
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), model(images))
+        positions = torch.rand(2, 7, 2)
+        torch.testing.assert_close(compiled(images, positions), model(images, positions))

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from timm.layers import PatchEmbed
 
 import timm_spot
@@ -162,3 +164,52 @@ def test_place_is_what_sample_positions_draws():
     embed = SubpixelEmbed(patch_size=8, embed_dim=16, n_tokens=5, sampler='sobol', seed=3).eval()
     expected = timm_spot.sample_positions('sobol', 5, (32, 40), generator=torch.Generator().manual_seed(3))
     assert torch.equal(embed.place(torch.rand(1, 3, 32, 40)), expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    k=st.integers(1, 6), H=st.integers(8, 40), W=st.integers(8, 40), n=st.integers(1, 5), seed=st.integers(0, 1000),
+    convention=st.sampled_from(['patch', 'spot']))
+def test_uint8_images_give_what_normalised_ones_give(k, H, W, n, seed, convention):
+    g = torch.Generator().manual_seed(seed)
+    embed = SubpixelEmbed(patch_size=max(k, 2), embed_dim=8, convention=convention)
+    mean, std = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.2, 0.25, 0.3])
+    embed.set_normalization(mean.tolist(), std.tolist())
+    images = torch.randint(256, (2, 3, H, W), generator=g, dtype=torch.uint8)
+    normalised = (images / 255 - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    positions = (torch.rand(2, n, 2, generator=g) * 1.6 - 0.3).requires_grad_()  # some windows leave the image
+    tokens, expected = embed(images, positions), embed(normalised, positions)
+    torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-4)
+    weight = torch.randn(tokens.shape, generator=g)
+    gradient, = torch.autograd.grad((tokens * weight).sum(), positions)
+    plain, = torch.autograd.grad((expected * weight).sum(), positions)
+    torch.testing.assert_close(gradient, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item())
+
+
+def test_uint8_images_at_the_sizes_of_a_base_model():
+    embed = SubpixelEmbed(embed_dim=8)
+    embed.set_normalization((0.5,) * 3, (0.5,) * 3)
+    images = torch.randint(256, (2, 3, 224, 224), dtype=torch.uint8)
+    for n_tokens in (25, 196):  # by blocks, and by converting whole images
+        embed.set_placement(n_tokens=n_tokens)
+        torch.testing.assert_close(embed(images), embed(images / 127.5 - 1), rtol=0, atol=2e-4)
+
+
+def test_uint8_images_need_a_known_normalisation():
+    embed = SubpixelEmbed(patch_size=8, embed_dim=16, n_tokens=4, in_chans=1)
+    image = torch.full((1, 1, 32, 32), 255, dtype=torch.uint8)
+    with pytest.raises(TypeError, match=r'uint8.*set_normalization\(mean, std\)'):
+        embed(image)
+    embed.set_normalization((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))  # of colour images: the average
+    torch.testing.assert_close(embed(image), embed(torch.full((1, 1, 32, 32), 2.)))
+
+
+def test_shared_placement_gives_what_its_copies_give():
+    embed = SubpixelEmbed(patch_size=8, embed_dim=16, n_tokens=9)
+    images, position = torch.randn(3, 3, 64, 64), torch.rand(9, 2, requires_grad=True)
+    copies = position.detach().repeat(3, 1, 1).requires_grad_()
+    torch.testing.assert_close(embed(images, position), embed(images, copies))
+    torch.testing.assert_close(embed(images), embed(images, embed.place(images).clone()))
+    shared, = torch.autograd.grad(embed(images, position).square().sum(), position)
+    each, = torch.autograd.grad(embed(images, copies).square().sum(), copies)
+    torch.testing.assert_close(shared, each.sum(dim=0), rtol=1e-4, atol=1e-3)

@@ -143,3 +143,18 @@ def test_bad_images_and_conventions():
         sample_windows(torch.rand(1, 3, 20, 20), positions, 16, 'grid')
     with pytest.raises(ValueError, match='at least 2 pixels'):
         sample_windows(torch.rand(1, 3, 20, 20), positions, 1, 'spot')
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    k=st.integers(1, 6), H=st.integers(6, 20), W=st.integers(6, 20),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    quarters=st.lists(st.tuples(st.integers(-40, 120), st.integers(-40, 120)), min_size=1, max_size=4))
+def test_windows_read_for_the_gradient_are_the_plain_ones(k, H, W, dtype, quarters):
+    # Quarters of pixels: on pixel centres, between them, at the border and outside.
+    image = torch.rand(2, 2, H, W, generator=torch.Generator().manual_seed(k), dtype=dtype)
+    positions = torch.tensor(quarters, dtype=dtype) / 4 / torch.tensor([H, W])
+    plain = sample_windows(image, positions, k)
+    torch.testing.assert_close(
+        sample_windows(image, positions.requires_grad_(), k).detach(), plain, rtol=0,
+        atol=1e-4 if dtype == torch.float32 else 1e-9)

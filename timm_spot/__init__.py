@@ -13,6 +13,7 @@ from .models.attention_saliency import attention_saliency as attention_saliency
 from .models.dht_segmenter import DhtSegmenter as DhtSegmenter
 from .models.hierarchical_tokenizer import HierarchicalTokenizer as HierarchicalTokenizer
 from .models.hierarchical_tokenizer import Regions as Regions
+from .models.relevance_vit import sparsify as sparsify
 from .models.retrofit import retrofit as retrofit
 from .ops import list_samplers as list_samplers
 from .ops import register_sampler as register_sampler
@@ -30,14 +31,18 @@ _TASKS = {
     'draw_priors': 'draw',
     'draw_region_means': 'draw',
     'draw_regions': 'draw',
+    'draw_pruning': 'draw',
+    'draw_reconstruction': 'draw',
     'draw_seen': 'draw',
     'draw_trajectory': 'draw',
+    'export_model': 'export',
     'load_saliency': 'saliency_maps',
     'OracleResult': 'oracle',
     'optimize_positions': 'oracle',
     'push_to_hub': 'hub',
     'RasterToVector': 'vectorize',
     'vectorize': 'vectorize',
+    'RelevanceTask': 'relevance',
 }
 
 

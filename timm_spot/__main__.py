@@ -6,6 +6,7 @@
 """
 from __future__ import annotations
 
+import argparse
 import runpy
 import sys
 from pathlib import Path
@@ -21,6 +22,13 @@ def main() -> None:
     script = Path(sys.argv[1])
     if not script.is_file():
         sys.exit(f'python -m timm_spot: there is no script {script}')
+    data = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    data.add_argument('--data-dir')
+    data.add_argument('--dataset')
+    given, _ = data.parse_known_args(sys.argv[2:])
+    # timm's own answer to a missing folder is an AssertionError without a word.
+    if given.data_dir and not given.dataset and not Path(given.data_dir).exists():
+        sys.exit(f'python -m timm_spot: --data-dir {given.data_dir} does not exist')
     # Scripts build the config of a hf-hub: or local-dir: model before our entrypoint can; this lets them read
     # n_tokens, sampler and the like in it. Fields that are unset never show.
     _builder.PretrainedCfg = SpotPretrainedCfg

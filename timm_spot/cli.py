@@ -18,6 +18,7 @@ from torch import nn
 
 import timm_spot
 
+from .models.relevance_vit import TokenPruning
 from .tasks import predict as prediction
 from .tasks.objectives import OBJECTIVES
 from .tasks.oracle_run import open_dataset, run_oracle
@@ -43,7 +44,7 @@ def clean_errors() -> Iterator[None]:
     """Turn what a user can put right into one line and exit status 1, without a traceback."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, OSError, SafetensorError) as e:
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError, SafetensorError) as e:
         raise click.ClickException(str(e) or type(e).__name__) from e
 
 
@@ -281,6 +282,24 @@ def convert(source: str, dest: Path, model: Optional[str]) -> None:
 
 
 @main.command()
+@click.argument('name', metavar='MODEL')
+@click.argument('out', type=click.Path(path_type=Path, dir_okay=False), metavar='OUT.onnx|OUT.pt2')
+@click.option('--weights', type=click.Path(), help="Checkpoint: timm_spot's, the authors' or a timm ViT's.")
+@click.option('--n-tokens', type=int, help='Budget; by default that of the model.')
+@click.option('--positions-as-input', is_flag=True, help='Let the placement (B, N, 2), of any budget, be an input.')
+def export(name: str, out: Path, weights: Optional[str], n_tokens: Optional[int], positions_as_input: bool) -> None:
+    """Write MODEL (name, hf-hub:ID or local-dir:PATH) as ONNX or as PyTorch's exported program.
+
+    The batch is dynamic, the image size the model's own. What was written is loaded back and compared.
+    """
+    from .tasks.export import export_model
+
+    with clean_errors():
+        difference = export_model(create_model(name, weights, n_tokens=n_tokens), out, positions_as_input)
+    click.echo(f'{out} ({out.stat().st_size / 1e6:.1f} MB), largest difference to the model {difference:.1g}')
+
+
+@main.command()
 @click.argument('folder', type=click.Path(path_type=Path))
 @click.argument('repo_id', metavar='ORG/NAME')
 @click.option('--private', is_flag=True, help='Make a new repository private.')
@@ -310,7 +329,8 @@ def push(folder: Path, repo_id: str, private: bool, revision: Optional[str], dry
 @click.argument('image', type=click.Path(path_type=Path))
 @click.option('--out', type=click.Path(path_type=Path), required=True, help='Picture to write.')
 @click.option('--kind', type=click.Choice([
-    'placement', 'seen', 'priors', 'trajectory', 'film', 'regions', 'means', 'hierarchy']), show_default='placement')
+    'placement', 'seen', 'priors', 'trajectory', 'film', 'regions', 'means', 'hierarchy',
+    'pruning']), show_default='placement')
 @click.option('--model', 'name', default=DEFAULT_MODEL, show_default=True, help='Name, hf-hub:ID or local-dir:PATH.')
 @click.option('--n-tokens', type=int, help='Budget; by default that of the model (priors: 25).')
 @click.option('--sampler', help='Spatial prior that places the tokens; by default that of the model.')
@@ -318,6 +338,8 @@ def push(folder: Path, repo_id: str, private: bool, revision: Optional[str], dry
 @click.option('--weights', type=click.Path(), help="Checkpoint: timm_spot's, the authors' or a timm ViT's.")
 @click.option('--steps', type=int, default=30, show_default=True, help='Steps of the search in a trajectory or film.')
 @click.option('--lr', type=float, default=1e-2, show_default=True, help='Its learning rate.')
+@click.option('--scorer', default='cls-attention', show_default=True, help='What a pruning goes by.')
+@click.option('--keep-rate', type=float, default=0.7, show_default=True, help='Share that each stage of it keeps.')
 def draw(
         image: Path,
         out: Path,
@@ -329,6 +351,8 @@ def draw(
         weights: Optional[str],
         steps: int,
         lr: float,
+        scorer: str,
+        keep_rate: float,
 ) -> None:
     """Draw IMAGE, as the model takes it, with its tokens.
 
@@ -341,12 +365,14 @@ def draw(
     regions     of a dHT model (the only kinds it has, and this the default): borders of its tokens
     means       each of them filled with its mean colour
     hierarchy   its levels, one by one
+    pruning     which tokens the model drops at which stage; one that drops none is pruned by --scorer
     """
     from .tasks.draw import (
         animate,
         draw_hierarchy,
         draw_placement,
         draw_priors,
+        draw_pruning,
         draw_region_means,
         draw_regions,
         draw_seen,
@@ -380,6 +406,16 @@ def draw(
         if kind in ('placement', 'seen'):
             function = dict(placement=draw_placement, seen=draw_seen)[kind]
             _save_figure(function(picture, positions[0], embed.window, convention=embed.convention).figure, out)
+            return
+        if kind == 'pruning':
+            if isinstance(model, TokenPruning):
+                model.set_keep_rate(keep_rate)
+            else:
+                model = timm_spot.sparsify(model, keep_rate, scorer=scorer)
+            with torch.no_grad():
+                kept = [index[0] for index in model.kept_tokens(batch, positions=positions)]
+            _save_figure(
+                draw_pruning(picture, positions[0], kept, embed.window, convention=embed.convention).figure, out)
             return
         result = optimize_positions(
             model, batch, init=positions, objective='entropy', steps=steps, lr=lr, bounds='clamp')

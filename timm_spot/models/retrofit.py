@@ -154,6 +154,7 @@ def retrofit_in_place(vit: VisionTransformer, fold: bool, **placement: Any) -> S
     vit._traits = dict(getattr(vit, '_traits', {}), fixed_input_size=False)
     if hasattr(vit, 'pretrained_cfg'):  # built by timm: say how it can be built again
         backbone = vit.pretrained_cfg['architecture']
+        embed.set_normalization(vit.pretrained_cfg['mean'], vit.pretrained_cfg['std'])
         vit.pretrained_cfg = dict(vit.pretrained_cfg, architecture='spot_retrofit', fixed_input_size=False)
         vit.default_cfg = vit.pretrained_cfg
         update_model_args(vit, backbone=backbone, **{k: v for k, v in placement.items() if v is not None})
@@ -182,14 +183,11 @@ def spot_retrofit(
     source = resolve_model_input_args(backbone, cache_dir=cache_dir)
     own_weights = bool(cfg.has_weights or cfg.state_dict)
     if not own_weights:
-        default = _resolve_cfg('spot_retrofit', None, None)
-        changed = {name: value for name, value in vars(cfg).items() if value != getattr(default, name)}
-        fixed = dict(architecture='spot_retrofit', fixed_input_size=False)
-        cfg = SpotPretrainedCfg(**{**source['pretrained_cfg'], **changed, **fixed})
+        cfg = backbone_cfg('spot_retrofit', cfg, source['pretrained_cfg'], fixed_input_size=False)
         if pretrained:
             check_download(cfg, cache_dir)
 
-    saved = {name: value for name, value in source.items() if name not in _SOURCE_FIELDS}
+    saved = {name: value for name, value in source.items() if name not in SOURCE_FIELDS}
     return _create_spot_vit(
         'spot_retrofit',
         pretrained=pretrained and own_weights,
@@ -200,10 +198,22 @@ def spot_retrofit(
     )
 
 
-_SOURCE_FIELDS = ('model_name', 'pretrained_cfg', 'pretrained_model_args', 'cache_dir')
+SOURCE_FIELDS = ('model_name', 'pretrained_cfg', 'pretrained_model_args', 'cache_dir')
+
+
+def backbone_cfg(
+        variant: str,
+        cfg: SpotPretrainedCfg,
+        source_cfg: Dict[str, Any],
+        **fixed: Any,
+) -> SpotPretrainedCfg:
+    """Config of a model built from a backbone: the backbone's, but for what `cfg` changes of the variant's own."""
+    default = _resolve_cfg(variant, None, None)
+    changed = {name: value for name, value in vars(cfg).items() if value != getattr(default, name)}
+    return SpotPretrainedCfg(**{**source_cfg, **changed, 'architecture': variant, **fixed})
 
 
 def _build(source: Dict[str, Any], pretrained: bool, **kwargs: Any) -> SubpixelVisionTransformer:
     placement = {k: kwargs.pop(k) for k in _PLACEMENT_FIELDS if k in kwargs}
-    fields = {name: source[name] for name in _SOURCE_FIELDS if name in source}
+    fields = {name: source[name] for name in SOURCE_FIELDS if name in source}
     return retrofit_in_place(timm.create_model(pretrained=pretrained, **fields, **kwargs), fold=pretrained, **placement)

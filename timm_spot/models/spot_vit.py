@@ -10,7 +10,7 @@ import dataclasses
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +28,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
 from timm.models._pretrained import PretrainedCfg
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from ..ops.samplers import lattice_shape
 from .checkpoint import checkpoint_filter_fn
@@ -48,18 +49,24 @@ class SubpixelVisionTransformer(VisionTransformer):
     Args:
         img_size: Nominal image size; images of any size and aspect are accepted.
         patch_size: Side of a window in pixels.
-        n_tokens: Budget; by default the count of whole patches in each image, as a ViT would have.
+        n_tokens: Budget; by default the count of whole patches in each image, as a ViT would have. (low, high) draws
+            one for each training batch, the same in all processes; small budgets are as common as large ones.
         sampler: Spatial prior that places the tokens, see `timm_spot.list_samplers`.
         convention: Geometry of windows and position feature, 'patch' or 'spot' (see `timm_spot.sample_windows`).
-        seed: Seed of the placement given to every image in eval mode.
+        seed: Seed of the placement given to every image in eval mode, and of the random budgets.
         saliency: 'spectral_residual', a function from images to maps, or a map (H, W) or (B, H, W), for samplers
             that need one.
         pos_nodes: Nodes per axis of the position feature.
+        eval_n_tokens: Budget in eval mode where it differs from training; by default the largest.
+        eval_sampler: Prior in eval mode where it differs from training.
         **kwargs: Of timm's VisionTransformer.
 
+    `timm.create_model` also takes `train_only`: 'position' freezes all but the position weights, 'head' all but the
+    classifier.
+
     Raises:
-        ValueError: An unknown sampler or convention, a sampler without the saliency it needs, a budget below 1, a
-            `pos_embed` table.
+        ValueError: An unknown sampler or convention, a sampler without the saliency it needs, a budget below 1 or a
+            range out of order, a `pos_embed` table.
     """
 
     def __init__(
@@ -67,12 +74,14 @@ class SubpixelVisionTransformer(VisionTransformer):
             img_size: Union[int, Tuple[int, int]] = 224,
             patch_size: Union[int, Tuple[int, int]] = 16,
             *,
-            n_tokens: Optional[int] = None,
+            n_tokens: Optional[Union[int, Sequence[int]]] = None,
             sampler: str = 'isotropic',
             convention: str = 'patch',
             seed: int = 0,
             saliency: Optional[Saliency] = None,
             pos_nodes: Optional[int] = None,
+            eval_n_tokens: Optional[int] = None,
+            eval_sampler: Optional[str] = None,
             **kwargs: Any,
     ) -> None:
         if kwargs.pop('pos_embed', 'none') not in ('', 'none'):
@@ -91,6 +100,8 @@ class SubpixelVisionTransformer(VisionTransformer):
                 seed=seed,
                 saliency=saliency,
                 pos_nodes=pos_nodes,
+                eval_n_tokens=eval_n_tokens,
+                eval_sampler=eval_sampler,
             ),
             **kwargs,
         )
@@ -99,7 +110,7 @@ class SubpixelVisionTransformer(VisionTransformer):
 
     @property
     def n_tokens(self) -> int:
-        """Budget: tokens of an image of the nominal size (prefix tokens do not count)."""
+        """Budget in eval mode: tokens of an image of the nominal size (prefix tokens do not count)."""
         return self.patch_embed.num_patches
 
     @torch.jit.ignore
@@ -113,18 +124,28 @@ class SubpixelVisionTransformer(VisionTransformer):
     @torch.jit.ignore
     def set_placement(
             self,
-            n_tokens: Optional[int] = None,
+            n_tokens: Optional[Union[int, Sequence[int]]] = None,
             sampler: Optional[str] = None,
             seed: Optional[int] = None,
             saliency: Optional[Saliency] = None,
+            eval_n_tokens: Optional[int] = None,
+            eval_sampler: Optional[str] = None,
     ) -> None:
         """Change the budget, the prior, its seed or its map; what is None stays.
 
-        A saved model keeps the change.
+        `n_tokens` and `sampler` set both modes, `eval_n_tokens` and `eval_sampler` eval mode alone. A saved model keeps
+        the change.
         """
-        changes = dict(n_tokens=n_tokens, sampler=sampler, seed=seed, saliency=saliency)
+        changes = dict(
+            n_tokens=n_tokens, sampler=sampler, seed=seed, saliency=saliency, eval_n_tokens=eval_n_tokens,
+            eval_sampler=eval_sampler)
         self.patch_embed.set_placement(**changes)
-        update_model_args(self, **{k: v for k, v in changes.items() if v is not None})
+        record = {k: v for k, v in changes.items() if v is not None}
+        if n_tokens is not None:
+            record['eval_n_tokens'] = eval_n_tokens  # what was set before no longer holds
+        if sampler is not None:
+            record['eval_sampler'] = eval_sampler
+        update_model_args(self, **record)
 
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
         prefix = []
@@ -134,7 +155,7 @@ class SubpixelVisionTransformer(VisionTransformer):
             prefix.append(self.reg_token.expand(x.shape[0], -1, -1))
         return self.pos_drop(torch.cat(prefix + [x], dim=1))
 
-    def _embed(self, x: torch.Tensor, positions: Optional[torch.Tensor]) -> torch.Tensor:
+    def _embed(self, x: torch.Tensor, positions: Optional[torch.Tensor] = None) -> torch.Tensor:
         x = self.patch_embed(x, positions)
         x = self._pos_embed(x)
         x = self.patch_drop(x)
@@ -150,7 +171,7 @@ class SubpixelVisionTransformer(VisionTransformer):
         """Images (B, C, H, W) to all tokens after the last block, (B, prefix + N, D).
 
         Args:
-            x: Images.
+            x: Images, normalised, or uint8, which are normalised with the mean and std of the `pretrained_cfg`.
             positions: Placement (B, N, 2) or (N, 2) instead of the sampler's.
             attn_mask: Attention mask, as in timm.
             is_causal: Causal attention, as in timm.
@@ -172,9 +193,13 @@ class SubpixelVisionTransformer(VisionTransformer):
             attn_mask: Optional[torch.Tensor] = None,
             is_causal: bool = False,
     ) -> torch.Tensor:
-        """Images (B, C, H, W) to logits (B, num_classes), see `forward_features`."""
+        """Images (B, C, H, W) to logits (B, num_classes), see `forward_features`; NaN in train mode is an error."""
         x = self.forward_features(x, positions, attn_mask=attn_mask, is_causal=is_causal)
-        return self.forward_head(x)
+        x = self.forward_head(x)
+        if self.training:
+            # timm's script would train on to the end; this works compiled and does not wait for a GPU.
+            torch._assert_async(~x.isnan().any(), 'NaN in the logits: the images hold NaN, or training diverged.')
+        return x
 
     def forward_intermediates(
             self,
@@ -259,12 +284,14 @@ class SubpixelVisionTransformer(VisionTransformer):
 class SpotPretrainedCfg(PretrainedCfg):
     """timm's PretrainedCfg with the placement that the weights are meant for; None leaves it to the model."""
 
-    n_tokens: Optional[int] = None
+    n_tokens: Optional[Union[int, Sequence[int]]] = None
     sampler: Optional[str] = None
     convention: Optional[str] = None
     seed: Optional[int] = None
     saliency: Optional[Saliency] = None
     pos_nodes: Optional[int] = None
+    eval_n_tokens: Optional[int] = None
+    eval_sampler: Optional[str] = None
 
 
 _TIMM_FIELDS = tuple(f.name for f in dataclasses.fields(PretrainedCfg))
@@ -345,9 +372,11 @@ def _create_spot_vit(
         variant: str,
         pretrained: bool = False,
         model_cls: Callable[..., SubpixelVisionTransformer] = SubpixelVisionTransformer,
+        filter_fn: Callable[..., Dict[str, torch.Tensor]] = checkpoint_filter_fn,
         **kwargs: Any,
 ) -> SubpixelVisionTransformer:
     overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
+    train_only = kwargs.pop('train_only', None)
     cfg = _resolve_cfg(variant, kwargs.pop('pretrained_cfg', None), overlay)
     if pretrained:
         org = os.environ.get('TIMM_SPOT_HUB_ORG')
@@ -361,12 +390,17 @@ def _create_spot_vit(
 
     # Lowest to highest: the config, the model arguments saved beside it, the overlay, keywords.
     saved = kwargs.get('pretrained_model_args') or {}
-    for name in _PLACEMENT_FIELDS:
-        is_keyword = name in kwargs and not (name in saved and kwargs[name] is saved[name])
-        if not is_keyword and overlay.get(name) is not None:
-            kwargs[name] = overlay[name]
-        elif getattr(cfg, name) is not None:
-            kwargs.setdefault(name, getattr(cfg, name))
+    given = {name: kwargs.pop(name) for name in _PLACEMENT_FIELDS if name in kwargs}
+    from_saved = {name: value for name, value in given.items() if name in saved and value is saved[name]}
+    keywords = {name: value for name, value in given.items() if name not in from_saved}
+    placement: Dict[str, Any] = {}
+    for source in (vars(cfg), from_saved, overlay, keywords):
+        values = {name: source[name] for name in _PLACEMENT_FIELDS if source.get(name) is not None}
+        for name in ('n_tokens', 'sampler'):
+            if name in values:
+                placement.pop(f'eval_{name}', None)  # one of lower priority
+        placement.update(values)
+    kwargs.update(placement)
 
     out_indices = kwargs.pop('out_indices', 3)
     try:
@@ -376,14 +410,33 @@ def _create_spot_vit(
             pretrained,
             # timm's loaders of saved configs know no fields but their own: the placement is saved as model arguments.
             pretrained_cfg=PretrainedCfg(**{name: getattr(cfg, name) for name in _TIMM_FIELDS}),
-            pretrained_filter_fn=checkpoint_filter_fn,
+            pretrained_filter_fn=filter_fn,
             feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
             **kwargs,
         )
     except SafetensorError as e:
         raise ValueError(f'{cfg.file or cfg.hf_hub_id} is damaged: {e}.') from e
-    update_model_args(model, **{name: kwargs[name] for name in _PLACEMENT_FIELDS if name in kwargs})
+    update_model_args(model, **placement)
+    inner = getattr(model, 'model', model)  # features_only=True wraps it
+    inner.patch_embed.set_normalization(cfg.mean, cfg.std)
+    if train_only is not None:
+        _freeze(model, train_only)
     return model
+
+
+_TRAIN_ONLY = {'position': 'patch_embed.pos_proj.', 'head': 'head.'}
+
+
+def _freeze(model: nn.Module, train_only: str) -> None:
+    """Freeze all parameters but the position columns (the paper's first stage) or the head."""
+    if train_only not in _TRAIN_ONLY:
+        raise ValueError(f"train_only={train_only!r} must be {' or '.join(map(repr, _TRAIN_ONLY))}.")
+    trained = [p for name, p in model.named_parameters() if name.startswith(_TRAIN_ONLY[train_only])]
+    if not trained:
+        raise ValueError(f'train_only={train_only!r} leaves nothing to train: this model has no {train_only}.')
+    model.requires_grad_(False)
+    for p in trained:
+        p.requires_grad_(True)
 
 
 def _no_weights_message(variant: str, cfg: SpotPretrainedCfg) -> str:

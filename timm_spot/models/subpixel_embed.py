@@ -7,7 +7,7 @@ Paper: `SPoT: Subpixel Placement of Tokens in Vision Transformers` - https://arx
 # No postponed annotations in this file: TorchScript reads those of ignored methods as types, not as strings.
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Callable, Optional, Tuple, Union
+from typing import Callable, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,8 @@ from torch import nn
 
 from ..ops.position_feature import position_feature
 from ..ops.saliency import spectral_residual
-from ..ops.samplers import check_n_tokens, get_sampler, lattice_shape, sample_positions
-from ..ops.windows import check_convention, check_images, check_positions, read_windows
+from ..ops.samplers import check_budgets, check_n_tokens, get_sampler, lattice_shape, sample_positions
+from ..ops.windows import check_convention, check_images, check_positions, gather_blocks, read_windows
 
 Saliency = Union[str, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]
 SALIENCY_NAMES = {'spectral_residual': spectral_residual}  # a saved model can keep a name, not a function
@@ -80,6 +80,7 @@ class SubpixelEmbed(nn.Module):
     """Windows around continuous positions to tokens.
 
     Shapes: images (B, C, H, W) of any size of at least one window, positions (B, N, 2), tokens (B, N, embed_dim).
+    Images are normalised floats, or uint8, see `set_normalization`.
 
     Args:
         img_size: Nominal image size, from which only the default budget that timm reads is derived.
@@ -89,13 +90,16 @@ class SubpixelEmbed(nn.Module):
         norm_layer: Normalisation of the projected window, before the position is added.
         bias: Whether the projection has one.
         dynamic_img_pad: Part of timm's call; windows need no padding.
-        n_tokens: Budget; None takes the count of whole patches in each image, as a ViT would.
+        n_tokens: Budget; None takes the count of whole patches in each image, as a ViT would. (low, high) draws one for
+            each batch in train mode, log-uniformly: small budgets are as common as large ones.
         sampler: Spatial prior that places the tokens, see `timm_spot.list_samplers`.
         convention: 'patch' or 'spot', see `timm_spot.sample_windows`.
-        seed: Seed of the placement that a model in eval mode gives every image.
+        seed: Seed of the placement that a model in eval mode gives every image, and of the random budgets.
         saliency: 'spectral_residual', a function from images to maps, or a map (H, W) or (B, H, W), for samplers
             that need one.
         pos_nodes: Nodes per axis of the position feature, 16 by default; fixed to k under `spot`.
+        eval_n_tokens: Budget in eval mode where it differs; by default the larger one.
+        eval_sampler: Prior in eval mode where it differs.
     """
 
     __jit_unused_properties__ = ['patch_size', 'grid_size', 'num_patches']
@@ -109,12 +113,14 @@ class SubpixelEmbed(nn.Module):
             norm_layer: Optional[Callable[..., nn.Module]] = None,
             bias: bool = True,
             dynamic_img_pad: bool = False,
-            n_tokens: Optional[int] = None,
+            n_tokens: Optional[Union[int, Sequence[int]]] = None,
             sampler: str = 'isotropic',
             convention: str = 'patch',
             seed: int = 0,
             saliency: Optional[Saliency] = None,
             pos_nodes: Optional[int] = None,
+            eval_n_tokens: Optional[int] = None,
+            eval_sampler: Optional[str] = None,
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
     ) -> None:
@@ -130,11 +136,17 @@ class SubpixelEmbed(nn.Module):
         self.convention = convention
         self.pos_nodes = nodes
         self.n_tokens: Optional[int] = None
+        self.train_n_tokens: Optional[Tuple[int, int]] = None
         self.sampler = ''
+        self.train_sampler = ''
         self.seed = seed
         self.saliency: Optional[Saliency] = None
-        self.set_placement(n_tokens=n_tokens, sampler=sampler, saliency=saliency)
+        self.batches = 0  # trained on at a random budget
+        self.set_placement(
+            n_tokens=n_tokens, sampler=sampler, saliency=saliency, eval_n_tokens=eval_n_tokens,
+            eval_sampler=eval_sampler)
         self.img_size = to_2tuple(img_size)
+        self.mean, self.std = None, None  # see `set_normalization`
 
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.window, stride=self.window, bias=bias, **dd)
         self.norm = norm_layer(embed_dim, **dd) if norm_layer else nn.Identity()
@@ -169,15 +181,20 @@ class SubpixelEmbed(nn.Module):
     @torch.jit.ignore
     def set_placement(
             self,
-            n_tokens: Optional[int] = None,
+            n_tokens: Optional[Union[int, Sequence[int]]] = None,
             sampler: Optional[str] = None,
             seed: Optional[int] = None,
             saliency: Optional[Saliency] = None,
+            eval_n_tokens: Optional[int] = None,
+            eval_sampler: Optional[str] = None,
     ) -> None:
         """Change what is given; raises as `timm_spot.sample_positions` does."""
         if n_tokens is not None:
-            check_n_tokens(n_tokens)
-            self.n_tokens = n_tokens
+            self.train_n_tokens = check_budgets(n_tokens)
+            self.n_tokens = self.train_n_tokens[1]
+        if eval_n_tokens is not None:
+            check_n_tokens(eval_n_tokens)
+            self.n_tokens = eval_n_tokens
         if saliency is not None:
             if isinstance(saliency, str) and saliency not in SALIENCY_NAMES:
                 raise ValueError(f"saliency={saliency!r} is unknown, the names are {', '.join(SALIENCY_NAMES)}.")
@@ -186,12 +203,15 @@ class SubpixelEmbed(nn.Module):
                     "saliency must be 'spectral_residual', a function from images to maps or a map of shape (B, H, W), "
                     f'got {saliency!r}.')
             self.__dict__['saliency'] = saliency  # a network that gives maps is no part of this one
-        if sampler is not None:
-            if 'saliency' in get_sampler(sampler).keywords and self.saliency is None:
+        for name in (sampler, eval_sampler):
+            if name is not None and 'saliency' in get_sampler(name).keywords and self.saliency is None:
                 raise ValueError(
-                    f"sampler={sampler!r} needs a saliency map: pass saliency='spectral_residual', a function from "
+                    f"sampler={name!r} needs a saliency map: pass saliency='spectral_residual', a function from "
                     'images to maps, or a map of shape (B, H, W).')
-            self.sampler = sampler
+        if sampler is not None:
+            self.sampler = self.train_sampler = sampler
+        if eval_sampler is not None:
+            self.sampler = eval_sampler
         if seed is not None:
             self.seed = seed
 
@@ -235,13 +255,20 @@ class SubpixelEmbed(nn.Module):
         Raises:
             ValueError: The placement is no lattice.
         """
+        name, n_tokens = self.sampler, self.n_tokens
+        if self.training:
+            name, (low, n_tokens) = self.train_sampler, self.train_n_tokens or (None, None)
+            if low != n_tokens:
+                raise ValueError(
+                    f"n_tokens=({low}, {n_tokens}) draws a budget for each training batch, no feature map is known "
+                    "before: use output_fmt='NLC'.")
+        n_tokens = _budget(n_tokens, self.window, (img_size[0], img_size[1]))
         shape = None
-        if get_sampler(self.sampler).deterministic:
-            shape = fixed_lattice_shape(
-                self.sampler, self.budget(img_size), (img_size[0], img_size[1]), self.window, self.seed)
+        if get_sampler(name).deterministic:
+            shape = fixed_lattice_shape(name, n_tokens, (img_size[0], img_size[1]), self.window, self.seed)
         if shape is None:
             raise ValueError(
-                f"sampler {self.sampler!r} places {self.budget(img_size)} tokens on no lattice of an image of "
+                f"sampler {name!r} places {n_tokens} tokens on no lattice of an image of "
                 f"{img_size[0]} x {img_size[1]} px, so they form no feature map: use output_fmt='NLC'.")
         return shape
 
@@ -249,27 +276,18 @@ class SubpixelEmbed(nn.Module):
     def place(self, images: torch.Tensor) -> torch.Tensor:
         """Placement (B, N, 2) that the sampler gives these images.
 
-        In train mode stochastic samplers draw anew for each image and call, from torch's global generator; in eval
+        In train mode the budget is drawn anew for each call where it is random, and stochastic samplers draw anew for
+        each image, from torch's global generator; in eval
         mode they draw once for `seed`, budget and image size, so that an image's placement never depends on its
         neighbours or on how often the model was called.
         """
-        B, _, H, W = images.shape
-        sampler = get_sampler(self.sampler)
-        # A function, not the method: a scripted module cannot call the one ignored method from the other.
-        n_tokens, size, device = _budget(self.n_tokens, self.window, (H, W)), (H, W), images.device
-        if 'saliency' in sampler.keywords:
-            maps = compute_saliency(self.saliency, images)
-            generator = None if self.training else torch.Generator().manual_seed(self.seed)
-            # One draw for a batch of maps shares its random numbers: each placement then depends on its map alone.
-            positions = sample_positions(
-                self.sampler, n_tokens, size, B if self.training else 1, maps, generator, self.window).to(device)
-        elif self.training and not sampler.deterministic:
-            positions = sample_positions(self.sampler, n_tokens, size, B, window=self.window).to(device)
-        else:
-            positions = fixed_placement(self.sampler, n_tokens, size, self.window, self.seed, device)
-        if positions.shape[0] not in (1, B):
-            raise ValueError(f'saliency of shape {tuple(maps.shape)} does not match a batch of {B} images.')
-        return positions.expand(B, -1, -1)
+        # Functions, not methods: a scripted module cannot call the one ignored method from the other.
+        if not self.training:
+            return _place(self, images, self.sampler, self.n_tokens)
+        low, high = self.train_n_tokens or (None, None)
+        if low == high:
+            return _place(self, images, self.train_sampler, high)
+        return _place_at_random_budget(self, images, low, high)
 
     def forward(self, x: torch.Tensor, positions: Optional[torch.Tensor] = None) -> torch.Tensor:
         if not torch.jit.is_scripting():
@@ -281,9 +299,33 @@ class SubpixelEmbed(nn.Module):
                 check_positions(positions, x)
             positions = positions.expand(x.shape[0], -1, -1)
         weight = self.proj.weight
-        windows = read_windows(x, positions, self.window, self.convention).flatten(2)
+        if x.dtype == torch.uint8:
+            windows = self._read_bytes(x, positions).flatten(2)
+        else:
+            windows = read_windows(x, positions, self.window, self.convention).flatten(2)
         tokens = self.norm(F.linear(windows.to(weight.dtype), weight.flatten(1), self.proj.bias))
-        return tokens + self.pos_proj(self.position_feature(positions, x.shape[-2], x.shape[-1]).to(weight.dtype))
+        # A placement that all images share has one position feature.
+        own = positions[:1] if positions.stride(0) == 0 else positions
+        return tokens + self.pos_proj(self.position_feature(own, x.shape[-2], x.shape[-1]).to(weight.dtype))
+
+    @torch.jit.ignore
+    def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """What uint8 images are normalised with, of images in [0, 1]: one value a channel, else their average."""
+        channels = self.proj.in_channels
+        self.mean, self.std = (
+            tuple(v) if len(v) == channels else (sum(v) / len(v),) * channels for v in (mean, std))
+
+    @torch.jit.ignore
+    def _read_bytes(self, images: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Windows of uint8 images, normalised before they are interpolated: beyond the border they fade to 0."""
+        B, C, H, W = images.shape
+        N, side = positions.shape[1], self.window + 2
+        # Gathering a pixel costs about six times as much as converting it.
+        if self.convention == 'spot' or side > min(H, W) or 6 * N * side ** 2 > H * W:
+            return read_windows(_normalize(images, self.mean, self.std), positions, self.window, self.convention)
+        blocks, inside = gather_blocks(images, positions, self.window)
+        blocks = _normalize(blocks, self.mean, self.std)
+        return read_windows(blocks, inside, self.window, self.convention).view(B, N, C, self.window, self.window)
 
     def position_feature(self, positions: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """phi of (B, N, 2) positions in images of height x width pixels, (B, N, pos_nodes ** 2)."""
@@ -295,6 +337,52 @@ class SubpixelEmbed(nn.Module):
 
 def _budget(n_tokens: Optional[int], window: int, image_size: Tuple[int, int]) -> int:
     return (image_size[0] // window) * (image_size[1] // window) if n_tokens is None else n_tokens
+
+
+def _place(embed: SubpixelEmbed, images: torch.Tensor, name: str, n_tokens: Optional[int]) -> torch.Tensor:
+    B, _, H, W = images.shape
+    sampler = get_sampler(name)
+    n_tokens, size, device = _budget(n_tokens, embed.window, (H, W)), (H, W), images.device
+    if 'saliency' in sampler.keywords:
+        maps = compute_saliency(embed.saliency, _normalize(images, embed.mean, embed.std))
+        generator = None if embed.training else torch.Generator().manual_seed(embed.seed)
+        # One draw for a batch of maps shares its random numbers: each placement then depends on its map alone.
+        positions = sample_positions(
+            name, n_tokens, size, B if embed.training else 1, maps, generator, embed.window).to(device)
+    elif embed.training and not sampler.deterministic:
+        positions = sample_positions(name, n_tokens, size, B, window=embed.window).to(device)
+    else:
+        positions = fixed_placement(name, n_tokens, size, embed.window, embed.seed, device)
+    if positions.shape[0] not in (1, B):
+        raise ValueError(f'saliency of shape {tuple(maps.shape)} does not match a batch of {B} images.')
+    return positions.expand(B, -1, -1)
+
+
+# Compiled code then sees positions of a dynamic length, instead of one program for each budget.
+@torch.compiler.disable
+def _place_at_random_budget(embed: SubpixelEmbed, images: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    """Placement at the next budget of a sequence that `seed` determines, so that all processes draw the same ones."""
+    generator = torch.Generator().manual_seed(hash((embed.seed, embed.batches)) % 2 ** 63)
+    embed.batches += 1
+    share = torch.rand((), generator=generator, dtype=torch.float64).item()
+    n_tokens = min(high, int(low * ((high + 1) / low) ** share))
+    return _place(embed, images, embed.train_sampler, n_tokens)
+
+
+def _normalize(
+        images: torch.Tensor,
+        mean: Optional[Tuple[float, ...]],
+        std: Optional[Tuple[float, ...]],
+) -> torch.Tensor:
+    """uint8 images (B, C, H, W) as a model takes them, in float32; others as they are."""
+    if images.dtype != torch.uint8:
+        return images
+    if mean is None or std is None:
+        raise TypeError(
+            'images are uint8, and this model was built without a pretrained_cfg that says how to normalise them: '
+            'call patch_embed.set_normalization(mean, std), or give normalised float32 images.')
+    mean, std = (torch.tensor(v, device=images.device, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
+    return torch.addcmul(-mean / std, images, 1 / (255 * std))
 
 
 def patch_sigma(n_sigma: torch.Tensor, pos_nodes: int) -> torch.Tensor:

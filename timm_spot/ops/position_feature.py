@@ -34,7 +34,8 @@ def position_feature(positions: torch.Tensor, nodes: int, sigma: torch.Tensor, s
         tensor([[[0., 1., 0., 0.]]])
     """
     centres = torch.linspace(0., 1., nodes, device=positions.device, dtype=positions.dtype)
-    log_phi = -(positions[:, :, :, None] - centres).square() / (2. * sigma.to(positions.dtype).square())  # B N 2 m
+    offset = positions[:, :, :, None] - centres
+    log_phi = offset * offset * (-0.5 / sigma.to(positions.dtype).square())  # B N 2 m
     if scaled:
         # phi is separable: its largest value over all nodes is that of the best row times that of the best column.
         # Subtracting logarithms cannot divide by an underflowed maximum.
@@ -42,13 +43,9 @@ def position_feature(positions: torch.Tensor, nodes: int, sigma: torch.Tensor, s
         token_best = best.sum(dim=2)  # B N 1
         token_scale = token_best - token_best.amax(dim=1, keepdim=True)
         log_phi = log_phi - best + torch.stack([token_scale, torch.zeros_like(token_scale)], dim=2)
-    phi = _flush(torch.exp(log_phi))
+    # Cut negligible factors to zero: a CPU is slow at subnormal numbers, in exp and fourfold in the matmul of products.
+    phi = torch.exp(F.threshold(log_phi, math.log(1e-18), -math.inf))
     return (phi[:, :, 0][:, :, :, None] * phi[:, :, 1][:, :, None, :]).flatten(2)
-
-
-def _flush(x: torch.Tensor) -> torch.Tensor:
-    """Cut negligible factors to zero: their products would be subnormal, which slows a CPU's matmul fourfold."""
-    return F.threshold(x, 1e-18, 0.)
 
 
 def fit_position_weights(

@@ -13,7 +13,7 @@ import difflib
 import inspect
 import itertools
 import math
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 
@@ -99,6 +99,26 @@ def check_n_tokens(n_tokens: int) -> None:
         raise TypeError(f'n_tokens must be an int, got {n_tokens!r} ({type(n_tokens).__name__}).')
     if n_tokens < 1:
         raise ValueError(f'n_tokens={n_tokens} is not a budget, it must be at least 1.')
+
+
+def check_budgets(n_tokens: Union[int, Sequence[int]]) -> Tuple[int, int]:
+    """Smallest and largest of a fixed budget n, or of budgets (low, high).
+
+    Raises:
+        TypeError: Not a whole number, nor two.
+        ValueError: A budget below 1, or the first above the second.
+    """
+    if not isinstance(n_tokens, (tuple, list)):
+        check_n_tokens(n_tokens)
+        return n_tokens, n_tokens
+    if len(n_tokens) != 2:
+        raise TypeError(f'n_tokens={n_tokens!r} must be one budget or two, the smallest and the largest of a range.')
+    for n in n_tokens:
+        check_n_tokens(n)
+    low, high = n_tokens
+    if low > high:
+        raise ValueError(f'n_tokens={n_tokens!r} is out of order: give the smaller budget first, ({high}, {low}).')
+    return low, high
 
 
 def sample_positions(

@@ -66,31 +66,19 @@ def check_positions(positions: torch.Tensor, images: torch.Tensor) -> None:
             raise ValueError(f'positions of shape {shape} hold NaN or infinity, first at index {tuple(bad)}.')
 
 
-def _read(
-        images: torch.Tensor,
-        positions: torch.Tensor,
-        offsets_y: torch.Tensor,
-        offsets_x: torch.Tensor,
-) -> torch.Tensor:
-    """Read images at p * L - 0.5 + offset pixels (convention `patch`), (B, C, N, len(offsets_y), len(offsets_x))."""
-    B, C, H, W = images.shape
-    N, ky, kx = positions.shape[1], offsets_y.shape[0], offsets_x.shape[0]
-    # grid_sample counts the image from -1 to 1, edge to edge: 2 p - 1 is the position itself.
-    y = 2. * positions[:, :, 0:1] - 1. + offsets_y * (2. / H)
-    x = 2. * positions[:, :, 1:2] - 1. + offsets_x * (2. / W)
-    grid = torch.stack([x[:, :, None, :].expand(-1, -1, ky, -1), y[:, :, :, None].expand(-1, -1, -1, kx)], dim=-1)
-    out = F.grid_sample(
-        images, grid.reshape(B, N * ky, kx, 2), mode='bilinear', padding_mode='zeros', align_corners=False)
-    return out.view(B, C, N, ky, kx)
-
-
-def _offsets(window: int, like: torch.Tensor) -> torch.Tensor:
-    return torch.arange(window, device=like.device, dtype=like.dtype) - (window - 1) / 2
-
-
 def _patch_windows(images: torch.Tensor, positions: torch.Tensor, window: int) -> torch.Tensor:
-    offsets = _offsets(window, positions)
-    return _read(images, positions, offsets, offsets)
+    """Windows (B, C, N, k, k) under convention `patch`, at p * L - 0.5 + offset pixels."""
+    B, C, H, W = images.shape
+    N = positions.shape[1]
+    offsets = torch.arange(window, device=positions.device, dtype=positions.dtype) - (window - 1) / 2
+    # grid_sample counts the image from -1 to 1, edge to edge: 2 p - 1 is the position itself.
+    y = 2. * positions[:, :, 0:1] - 1. + offsets * (2. / H)
+    x = 2. * positions[:, :, 1:2] - 1. + offsets * (2. / W)
+    grid = torch.stack(
+        [x[:, :, None, :].expand(-1, -1, window, -1), y[:, :, :, None].expand(-1, -1, -1, window)], dim=-1)
+    out = F.grid_sample(
+        images, grid.reshape(B, N * window, window, 2), mode='bilinear', padding_mode='zeros', align_corners=False)
+    return out.view(B, C, N, window, window)
 
 
 class _SymmetricWindows(torch.autograd.Function):
@@ -98,18 +86,26 @@ class _SymmetricWindows(torch.autograd.Function):
 
     Bilinear interpolation has a kink on every pixel centre and a position on the patch grid puts all k * k samples
     there, so automatic differentiation would return the slope of one side only.
+
+    All samples of a window lie equally far from the pixels, so value and derivative are weighted sums of three shifted
+    views along each axis of the (k + 2) x (k + 2) pixels around it, read once.
     """
 
     @staticmethod
     def forward(ctx: Any, images: torch.Tensor, positions: torch.Tensor, window: int) -> torch.Tensor:
-        ctx.save_for_backward(images, positions)
-        ctx.window = window
-        return _patch_windows(images, positions, window)
+        first = torch.stack([p * L - window / 2 for p, L in zip(positions.unbind(-1), images.shape[-2:])], dim=-1)
+        corner = (first - 0.5).floor()
+        offset = first - corner  # of the first sample from the first pixel, in [0.5, 1.5]
+        pixels = _read_pixels(images, corner, window + 2)
+        ctx.save_for_backward(images if ctx.needs_input_grad[0] else None, positions, pixels, offset)
+        ctx.window, ctx.size = window, images.shape[-2:]
+        values_y, values_x = _value_weights(offset).unbind(dim=2)
+        return _weigh(_weigh(pixels, values_x, -1), values_y, -2)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        images, positions = ctx.saved_tensors
-        H, W = images.shape[-2:]
+        images, positions, pixels, offset = ctx.saved_tensors
+        H, W = ctx.size
         grad_images = grad_positions = None
         if ctx.needs_input_grad[0]:
             with torch.enable_grad():
@@ -117,11 +113,39 @@ class _SymmetricWindows(torch.autograd.Function):
                 windows = _patch_windows(leaf, positions.detach(), ctx.window)
             grad_images = torch.autograd.grad(windows, leaf, grad)[0]
         if ctx.needs_input_grad[1]:
-            whole, halves = _offsets(ctx.window, positions), _offsets(ctx.window + 1, positions)
-            dy = _read(images, positions, halves, whole).diff(dim=-2)
-            dx = _read(images, positions, whole, halves).diff(dim=-1)
+            values_y, values_x = _value_weights(offset).unbind(dim=2)
+            # The same tent functions half a pixel ahead minus half a pixel behind.
+            slopes_y, slopes_x = torch.stack([offset - 1.5, 2. - 2. * offset, offset - 0.5], dim=-1).unbind(dim=2)
+            dy = _weigh(_weigh(pixels, values_x, -1), slopes_y, -2)
+            dx = _weigh(_weigh(pixels, values_y, -2), slopes_x, -1)
             grad_positions = torch.stack([(grad * dy).sum((1, 3, 4)) * H, (grad * dx).sum((1, 3, 4)) * W], dim=-1)
         return grad_images, grad_positions, None
+
+
+def _read_pixels(images: torch.Tensor, corner: torch.Tensor, side: int) -> torch.Tensor:
+    """Blocks (B, C, N, side, side) of pixels from whole-numbered corners (B, N, 2), zero outside the image."""
+    B, C, H, W = images.shape
+    N = corner.shape[1]
+    steps = torch.arange(side, device=corner.device, dtype=corner.dtype)
+    y = (2. * (corner[:, :, 0:1] + steps) + 1.) / H - 1.
+    x = (2. * (corner[:, :, 1:2] + steps) + 1.) / W - 1.
+    grid = torch.stack([x[:, :, None, :].expand(-1, -1, side, -1), y[:, :, :, None].expand(-1, -1, -1, side)], dim=-1)
+    out = F.grid_sample(
+        images, grid.reshape(B, N * side, side, 2), mode='nearest', padding_mode='zeros', align_corners=False)
+    return out.view(B, C, N, side, side)
+
+
+def _value_weights(offset: torch.Tensor) -> torch.Tensor:
+    """Tent functions at the three pixels from which the first sample is `offset`, `offset - 1`, `offset - 2` away."""
+    return torch.stack([(1. - offset).clamp(min=0.), 1. - (offset - 1.).abs(), (offset - 1.).clamp(min=0.)], dim=-1)
+
+
+def _weigh(x: torch.Tensor, weights: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sum of three shifted views of (B, C, N, h, w) along `dim`, by weights (B, N, 3); shortens `dim` by 2."""
+    first, second, third = weights[:, None, :, :, None, None].unbind(dim=3)
+    length = x.shape[dim] - 2
+    out = x.narrow(dim, 0, length) * first
+    return out.addcmul_(x.narrow(dim, 1, length), second).addcmul_(x.narrow(dim, 2, length), third)
 
 
 def _spot_windows(images: torch.Tensor, positions: torch.Tensor, window: int) -> torch.Tensor:
@@ -155,6 +179,35 @@ def read_windows(images: torch.Tensor, positions: torch.Tensor, window: int, con
     else:
         out = _patch_windows(images, positions, window)
     return out.transpose(1, 2)
+
+
+def gather_blocks(
+        images: torch.Tensor,
+        positions: torch.Tensor,
+        window: int,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The pixels that each window reads (convention `patch`), in the dtype of the images, as small images.
+
+    Reading a window from its block gives what the whole image gives, border and gradient included: a block ends either
+    beyond all pixels of the window and its derivative, or at the image's edge.
+
+    Args:
+        images: (B, C, H, W), at least window + 2 pixels a side.
+        positions: (B, N, 2).
+        window: Side k of the window in pixels.
+
+    Returns:
+        Blocks (B * N, C, k + 2, k + 2), and the positions inside them (B * N, 1, 2).
+    """
+    B, _, H, W = images.shape
+    side = window + 2
+    corner = positions * torch.tensor([H, W], device=positions.device, dtype=positions.dtype)  # in pixels, of the edge
+    start = (corner.detach() - (window + 1) / 2).floor().clamp_(min=0.)
+    start = start.minimum(torch.tensor([H - side, W - side], device=start.device, dtype=start.dtype))
+    y, x = start.long().unbind(dim=-1)
+    every = images.unfold(2, side, 1).unfold(3, side, 1).permute(0, 2, 3, 1, 4, 5)  # views, nothing is copied
+    blocks = every[torch.arange(B, device=images.device)[:, None], y, x]  # B N C side side
+    return blocks.flatten(0, 1), ((corner - start) / side).flatten(0, 1)[:, None]
 
 
 def sample_windows(

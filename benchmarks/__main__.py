@@ -1,0 +1,102 @@
+"""Measure everything that a claim about speed needs, and write benchmarks/RESULTS.md.
+
+    python -m benchmarks [SECTION ...]
+
+Sections: tokenizer, model, oracle, files; all by default. What a section measured is kept beside the page
+(results.json), so that one can be measured anew alone.
+"""
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import click
+import torch
+
+from .measure import Config, machine
+
+SECTIONS = ('tokenizer', 'model', 'oracle', 'files')
+
+
+@click.command(help=__doc__)
+@click.argument('sections', nargs=-1, type=click.Choice(SECTIONS))
+@click.option('--out', type=click.Path(path_type=Path, file_okay=False), default=Path(__file__).parent,
+              show_default=True, help='Folder of RESULTS.md, results.json and the plot.')
+@click.option('--threads', default=2, show_default=True)
+@click.option('--seconds', default=20., show_default=True, help='For one comparison, two rounds at least.')
+@click.option('--quick', is_flag=True, help='Models of two blocks: does it run? Its figures mean nothing.')
+@click.option('--device', default='cpu', show_default=True)
+@click.option('--tome', default='', help="Folder of a clone of facebookresearch/ToMe, for ToMe's rows.")
+def main(sections: Tuple[str, ...], out: Path, **options: Any) -> None:
+    config = Config(**options)
+    torch.set_num_threads(config.threads)
+    out.mkdir(parents=True, exist_ok=True)
+    store = out / 'results.json'
+    results: Dict[str, Dict[str, Any]] = json.loads(store.read_text()) if store.exists() else {}
+    for name in sections or SECTIONS:
+        begin = time.perf_counter()
+        click.echo(f'{name} ...')
+        torch.manual_seed(0)
+        section = importlib.import_module(f'.{name}', __package__).run(config)
+        results[name] = dict(asdict(section), machine=machine(config), date=date.today().isoformat())
+        click.echo(f'{name}: {time.perf_counter() - begin:.0f} s')
+        store.write_text(json.dumps(results, indent=1) + '\n')
+        (out / 'RESULTS.md').write_text(page(results))
+    plot(results, out)
+    for row in (row for name in results for row in results[name]['judged']):
+        click.echo('  '.join(row))
+
+
+def page(results: Dict[str, Dict[str, Any]]) -> str:
+    lines = [
+        '# Measured speed', '',
+        'Written by `make bench` (`python -m benchmarks`). Calls that a ratio compares are timed in turn in one '
+        'process; times are medians.', '',
+        '## Ratios', '']
+    judged = [[*row, results[name]['date']] for name in SECTIONS if name in results for row in results[name]['judged']]
+    lines += markdown(['what', 'bar', 'measured', '', 'date'], judged)
+    lines += ['', 'Not measured: anything on a GPU (none was at hand), and so no fused kernel was written.', '']
+    for name in SECTIONS:
+        if name not in results:
+            continue
+        result = results[name]
+        where = f"On {result['machine']}, {result['date']}: `python -m benchmarks {name}`."
+        lines += [f'## {name.capitalize()}', '', where, '']
+        for title, header, rows in result['tables']:
+            lines += [f'**{title}**', '', *markdown(header, rows), '']
+        if result['curves']:
+            lines += [f'![images/s by tokens]({name}.png)', '']
+        for remark in result['remarks']:
+            lines += [remark, '']
+    return '\n'.join(lines).rstrip() + '\n'
+
+
+def markdown(header: List[str], rows: List[List[str]]) -> List[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ['---'] * len(header), *rows)]
+
+
+def plot(results: Dict[str, Dict[str, Any]], out: Path) -> None:
+    """Draw the curves of each section that has some."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    for name, result in results.items():
+        for title, curves in result['curves'].items():
+            figure, axes = plt.subplots(figsize=(6, 3.5), layout='constrained')
+            for label, values in curves.items():
+                if label != 'tokens':
+                    axes.plot(curves['tokens'], values, marker='o', label=label)
+            axes.set(xlabel='tokens', ylabel='images/s', title=title, ylim=(0, None))
+            axes.legend()
+            figure.savefig(out / f'{name}.png', dpi=120)
+            plt.close(figure)
+
+
+if __name__ == '__main__':
+    main()
