@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import build_sincos2d_pos_embed
 
 from timm_spot.ops import region_features as rf
 
@@ -73,3 +74,17 @@ def test_fit_reproduces_a_table(cells):
     histogram = rf.position_histogram(patches, torch.full((196,), 256), cells).flatten(1)
     error = (histogram @ weight.T - table.flatten(0, 1)).norm() / table.norm()
     assert error < 2e-5
+
+
+@pytest.mark.parametrize('kind, cells, expected', [('sines', 16, 0.011), ('random', 16, 0.49), ('random', 24, 0.093)])
+def test_fit_between_the_patches(kind, cells, expected):
+    """What docs/dht.md says of boxes between the patches, whose targets are the table's bicubic interpolation."""
+    torch.manual_seed(0)
+    table = build_sincos2d_pos_embed([14, 14], 768).view(14, 14, -1) if kind == 'sines' else torch.randn(14, 14, 64)
+    weight = rf.fit_histogram_weights(table, cells, cells)
+    at = (0.5 + 13 * torch.rand(2000, 2, dtype=torch.float64)) / 14
+    target = F.grid_sample(
+        table.double().permute(2, 0, 1)[None], 2 * at.flip(-1)[None, None] - 1, mode='bicubic',
+        padding_mode='border', align_corners=False)[0, :, 0].T
+    fitted = rf.box_histogram(at, (1 / 14, 1 / 14), cells, cells) @ weight.double().T
+    assert ((fitted - target).norm() / target.norm()).item() == pytest.approx(expected, rel=0.1)
