@@ -19,7 +19,7 @@ class Config:
     """What all sections share."""
 
     threads: int = 2
-    seconds: float = 10.  # for one comparison, at least two rounds
+    seconds: float = 10.  # for one comparison, at least six rounds
     quick: bool = False  # two blocks instead of twelve, to see that everything runs
     device: str = 'cpu'
     tome: str = ''  # folder of a clone of facebookresearch/ToMe
@@ -53,7 +53,7 @@ class Section:
 def alternate(calls: Dict[str, Callable[[], Any]], config: Config, rounds: int = 30) -> Dict[str, float]:
     """Median seconds of each call. They are called in turn, so that other load on the machine meets them alike.
 
-    The first round warms up; then at least two rounds, and more until `rounds` or the time of the config is reached.
+    The first round warms up; then at least six rounds, and more until `rounds` or the time of the config is reached.
     """
     times: Dict[str, List[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
@@ -63,7 +63,7 @@ def alternate(calls: Dict[str, Callable[[], Any]], config: Config, rounds: int =
             call()
             if done:
                 times[name].append(now(config.device) - start)
-        if done >= 2 and time.perf_counter() - begin > config.seconds:
+        if done >= 6 and time.perf_counter() - begin > config.seconds:
             break
     return {name: statistics.median(values) for name, values in times.items()}
 
