@@ -193,6 +193,7 @@ def test_a_model_without_classifier_has_neighbours_only(folder, tmp_path):
     (['--budgets', '9,x'], 'is no list of numbers'),
     (['--baselines', 'drop'], "unknown 'drop'"),
     (['--baselines', 'low-res', '--budgets', '24'], 'n_tokens=24 is no patch grid'),
+    (['--budgets', '9,100'], "n_tokens=100 exceeds the 8 x 8 patches that sampler 'grid' finds"),
     (['--samplers', 'isotopic'], "did you mean 'isotropic'"),
     (['--model', 'resnet1'], 'unknown model resnet1'),
     (['--saliency', 'nowhere'], "saliency='nowhere'"),

@@ -493,7 +493,7 @@ class _List(click.ParamType):
               help='Any timm model: name, hf-hub:ID or local-dir:PATH; several with several --model.')
 @click.option('--samplers', type=_List(str), default='grid,uniform,gaussian,sobol,isotropic,center,salient',
               show_default=True)
-@click.option('--budgets', type=_List(int), default='25,49,100,196', show_default=True)
+@click.option('--budgets', type=_List(int), default='', show_default='25,49,100,196; for digits 9,25,49,64')
 @click.option('--oracle', metavar='SAMPLER', help='Also search by gradient from this start; it sees the labels.')
 @click.option('--knn', 'train', metavar='TRAIN_DATA', help='Also classify by nearest neighbours in this data set.')
 @click.option('--knn-k', type=click.IntRange(min=1), default=20, show_default=True)
@@ -514,6 +514,7 @@ class _List(click.ParamType):
 def evaluate(
         data: str,
         names: Tuple[str, ...],
+        budgets: Tuple[int, ...],
         train: Optional[str],
         knn_k: int,
         knn_temperature: float,
@@ -548,7 +549,8 @@ def evaluate(
         knn = None
         if train is not None:
             knn = evaluation.Knn(Pictures(train, 'train', data_dir, class_map), knn_k, knn_temperature)
-        cells = evaluation.list_cells(models, pictures, split, amp=amp, knn=knn, **what)
+        budgets = budgets or ((9, 25, 49, 64) if data == 'digits' else (25, 49, 100, 196))
+        cells = evaluation.list_cells(models, pictures, split, budgets=budgets, amp=amp, knn=knn, **what)
         missing = evaluation.missing_cells(cells, out)
         with click.progressbar(
                 length=evaluation.count_work(missing, pictures, knn), label=f'{len(missing)} rows',

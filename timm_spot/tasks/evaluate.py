@@ -23,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..models.spot_vit import SubpixelVisionTransformer
-from ..ops.samplers import get_sampler
+from ..ops.samplers import get_sampler, sample_positions
 from .baselines import LowRes, patch_drop, random_patches, shrunk_grid, top_k
 from .data import Batch, Decoded, Pictures, check_classes
 from .flops import count_flops
@@ -121,11 +121,15 @@ def list_cells(
                 seeds=' '.join(map(str, used)) if stochastic else '')
             cells.append(Cell({**key, **changes}, model, tokens, used))
 
+        size = model.pretrained_cfg['input_size'][1:]
         if isinstance(model, SubpixelVisionTransformer):
             read_maps = saliency_source(saliency, model, model_transform(model))
             for sampler in samplers:
                 stochastic, maps = not get_sampler(sampler).deterministic, 'saliency' in get_sampler(sampler).keywords
                 for n in budgets:
+                    if not stochastic:
+                        # Refuses a budget that a grid has not before any work.
+                        sample_positions(sampler, n, size, window=model.patch_embed.window)
                     add(sampler, n, _placed(model, sampler, n, read_maps), stochastic,
                         saliency=saliency if maps else '')
             if oracle is not None:
@@ -140,7 +144,6 @@ def list_cells(
             add(AS_IT_IS, n_patches, _as_it_is(model), False)
         if not isinstance(model, VisionTransformer):
             continue
-        size = model.pretrained_cfg['input_size'][1:]
         for baseline in baselines:
             low_res = LowRes(model)
             for n in budgets:
