@@ -55,7 +55,8 @@ def alternate(calls: Dict[str, Callable[[], Any]], config: Config, rounds: int =
     """Median seconds of each call.
 
     They are called in turn, so that other load on the machine meets them alike, in another order each round: what ran
-    before leaves caches and the heap in a state that can cost the next call several percent. The first round warms up; then at least six rounds, and more until `rounds` or the time of the config is reached.
+    before leaves caches and the heap in a state that can cost the next call several percent. The first round warms up;
+    then at least six rounds, and more until `rounds` or the time of the config is reached.
     """
     times: Dict[str, List[float]] = {name: [] for name in calls}
     order = random.Random(0)
