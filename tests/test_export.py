@@ -35,7 +35,7 @@ def test_written_file_answers_as_the_model(model, tmp_path, name, positions_as_i
     torch.testing.assert_close(answer, model(*inputs.values()), rtol=0, atol=1e-4)
 
 
-@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore:.*legacy TorchScript:DeprecationWarning')
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore::DeprecationWarning')  # of timm's exporter
 @pytest.mark.parametrize('use_dynamo', [False, True])
 def test_timm_s_own_onnx_export(model, tmp_path, use_dynamo):
     # Without --dynamo timm's onnx_export.py traces: sizes are tensors then, and aten::threshold has no counterpart.
