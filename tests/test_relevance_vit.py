@@ -14,7 +14,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, V
 import timm_spot
 from timm_spot.models import SubpixelVisionTransformer
 from timm_spot.models.relevance import SCORERS
-from timm_spot.models.relevance_vit import RelevanceSubpixelVisionTransformer, RelevanceVisionTransformer
+from timm_spot.models.sparsify import RelevanceSubpixelVisionTransformer, RelevanceVisionTransformer
 
 BACKBONES = {
     'class token': dict(),

@@ -19,7 +19,7 @@ from torch import nn
 
 import timm_spot
 
-from .models.relevance_vit import TokenPruning
+from .models.token_pruning import TokenPruning
 from .tasks import predict as prediction
 from .tasks.objectives import OBJECTIVES
 from .tasks.oracle_run import open_dataset, run_oracle
