@@ -499,7 +499,12 @@ class _List(click.ParamType):
 @click.option('--knn-k', type=click.IntRange(min=1), default=20, show_default=True)
 @click.option('--knn-temperature', type=float, default=0.07, show_default=True)
 @click.option('--baselines', type=_List(str), default='', help='Any of patch-drop,low-res,top-k.')
-@click.option('--seeds', type=_List(int), default='0', show_default=True, help='For placements that are drawn.')
+@click.option('--scorers', type=_List(str), default='', help='Also drop tokens by any of relevance (of a model with '
+              'trained predictors), cls-attention, received-attention, norm, random.')
+@click.option('--keep-rates', type=_List(float), default='', show_default='1,0.9,0.7,0.5',
+              help='Shares of the tokens that each stage keeps.')
+@click.option('--seeds', type=_List(int), default='0', show_default=True,
+              help='For placements and tokens that are drawn.')
 @click.option('--saliency', metavar='spectral|attention:NAME|FOLDER', default='spectral', show_default=True,
               help='Maps for the salient samplers.')
 @click.option('--split', default='validation', show_default=True)

@@ -119,6 +119,17 @@ class TokenPruning:
         self.keep_rate = keep_rate
         update_model_args(self, keep_rate=keep_rate)
 
+    def set_scorer(self, scorer: str, scorer_seed: int = 0) -> None:
+        """Judge tokens by a scorer that needs no training; predictors are dropped. A saved model keeps the change.
+
+        Raises:
+            ValueError: An unknown scorer, or 'relevance', whose predictors would be fresh.
+        """
+        if scorer == 'relevance':
+            raise ValueError("scorer='relevance' needs trained predictors: load a model that has them.")
+        self._init_pruning(self.keep_rate, self.stages, scorer, scorer_seed=scorer_seed)
+        update_model_args(self, scorer=scorer, scorer_seed=scorer_seed)
+
     def _forward_gathered(
             self,
             x: torch.Tensor,
