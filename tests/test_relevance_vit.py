@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from timm.models import save_for_hf
+from timm.models._features_fx import get_notrace_modules
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
+from torchvision.models.feature_extraction import NodePathTracer
 
 import timm_spot
 from timm_spot.models import SubpixelVisionTransformer
@@ -213,11 +215,11 @@ def test_default_stages_are_quarters_of_the_depth():
     assert timm_spot.sparsify(backbone(depth=2)).stages == (1,)
 
 
-@pytest.mark.parametrize('name', ['deit_small_patch16_224', 'deit_base_patch16_224'])
+@pytest.mark.parametrize('name', ['deit_small_patch16_224', 'deit_base_patch16_224', 'spot_vit_pico_patch8_64'])
 @pytest.mark.parametrize('read', ['all', 'last'])
 def test_predictors_are_small(name, read):
     with torch.device('meta'):
-        model = timm.create_model(f'relevance_{name}', read=read)
+        model = timm_spot.sparsify(name, read=read)
     added = sum(p.numel() for p in model.predictors.parameters())
     assert added < 0.015 * (sum(p.numel() for p in model.parameters()) - added)
 
@@ -240,6 +242,21 @@ def test_wrong_arguments(keywords, error, message):
     with pytest.raises(error, match=message):
         timm_spot.sparsify(vit, **keywords)
     assert type(vit) is VisionTransformer
+
+
+@torch.no_grad()
+def test_another_scorer_on_the_same_backbone(tmp_path):
+    vit, x = backbone(), images()
+    model = timm_spot.sparsify(vit, keep_rate=0.5, stages=(1, 3), read='all')
+    for scorer in ('received-attention', 'random'):
+        model.set_scorer(scorer, scorer_seed=3)
+        expected = timm_spot.sparsify(vit, 0.5, (1, 3), scorer, scorer_seed=3)
+        assert torch.equal(model(x), expected(x))
+    assert set(model.state_dict()) == set(vit.state_dict())
+    with pytest.raises(ValueError, match="scorer='relevance' needs trained predictors"):
+        model.set_scorer('relevance')
+    with pytest.raises(ValueError, match="scorer='cls' is unknown"):
+        model.set_scorer('cls')
 
 
 @pytest.mark.parametrize('name, reason', [
@@ -340,6 +357,14 @@ def test_compiles_and_exports(scorer):
         expected = model(x)
         assert torch.equal(torch.compile(model, fullgraph=True, backend='eager')(x), expected)
         assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+
+
+@torch.no_grad()
+def test_fx_graph_gives_the_logits():
+    """Functions that an FX graph takes as they are have to be known in each module that calls them."""
+    model, x = timm_spot.sparsify(backbone(depth=2)), images()
+    graph = NodePathTracer(leaf_modules=get_notrace_modules(), param_shapes_constant=True).trace(model)
+    assert torch.equal(torch.fx.GraphModule(model, graph)(x), model(x))
 
 
 def test_onnx_at_a_fixed_keep_rate(tmp_path):

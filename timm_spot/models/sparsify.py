@@ -19,6 +19,8 @@ from torch import nn
 from .spot_vit import SubpixelVisionTransformer
 from .token_pruning import TokenPruning, check_no_mask
 
+torch.fx.wrap('check_no_mask')  # a leaf of an FX graph, where the arguments are not known
+
 
 class RelevanceVisionTransformer(TokenPruning, VisionTransformer):
     """timm's VisionTransformer that drops tokens, see `TokenPruning`."""

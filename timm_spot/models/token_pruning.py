@@ -12,7 +12,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.layers import Attention
-from timm.models import checkpoint, register_notrace_function
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
 from timm.models.vision_transformer import Block
@@ -358,6 +358,7 @@ def _check_stages(stages: Optional[Sequence[int]], depth: int) -> Tuple[int, ...
     return stages
 
 
-# Leaves of an FX graph: what they do depends on shapes and values.
-for function in (attention_statistics, gather_tokens, keep_counts, keep_top, random_scores, check_no_mask):
-    register_notrace_function(function)
+# Leaves of an FX graph: what they do depends on shapes and values. (timm's register_notrace_function reaches only
+# functions that the module of the model's class calls itself.)
+for name in ('attention_statistics', 'gather_tokens', 'keep_counts', 'keep_top', 'random_scores'):
+    torch.fx.wrap(name)
