@@ -3,12 +3,13 @@
     python recipes/relevance_digits.py --out build/relevance
 
 The relevance predictors are trained at keep rates of 0.4 to 0.9 drawn per step, on 64 and 49 tokens, on the grid and
-off it; once alone (the backbone as it is shipped), and once together with the backbone ("tuned"), each from three
-seeds. The rivals need no training; each is compared with the relevance scorer on the same backbone. Every model sees
-the same canvases of digits never seen in training, so that differences are taken image by image. Canvases of one digit
-are alike: standard errors are over the 359 digits (and over seeds), however many canvases each has.
+off it, from three seeds; the backbone stays as it is shipped, so that all scorers are compared on the same one. With
+--tune it is trained too, and the rivals are run on each trained backbone. Every model sees the same canvases of digits
+never seen in training, so that differences are taken image by image. Canvases of one digit are alike: standard errors
+are over the 359 digits (and over seeds), however many canvases each has.
 
-Trained models are kept in --out, so that a second run goes on after them.
+Trained models are kept in --out, so that a second run goes on after them; the package holds the predictors of the first
+seed, in half precision.
 """
 from __future__ import annotations
 
@@ -17,11 +18,12 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import List, Tuple
 
 import click
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -92,10 +94,10 @@ def gflops(model: torch.nn.Module, images: torch.Tensor) -> float:
     return counter.get_total_flops() / 2 / 1e9
 
 
-def with_rival(model: torch.nn.Module, scorer: str) -> torch.nn.Module:
+def with_rival(model: torch.nn.Module, scorer: str, seed: int) -> torch.nn.Module:
     """The backbone of a trained model under another scorer."""
     rival = copy.deepcopy(model)
-    rival.set_scorer(scorer)
+    rival.set_scorer(scorer, seed)
     return rival
 
 
@@ -124,25 +126,27 @@ def format_table(rows: List[dict]) -> str:
 @click.option('--batch-size', default=64, show_default=True)
 @click.option('--seeds', default=3, show_default=True)
 @click.option('--canvases-per-digit', default=5, show_default=True, help='Of the held-out digits.')
-def main(out: Path, steps: int, batch_size: int, seeds: int, canvases_per_digit: int) -> None:
+@click.option('--tune', is_flag=True, help='Train the backbone as well.')
+def main(out: Path, steps: int, batch_size: int, seeds: int, canvases_per_digit: int, tune: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     dense = timm.create_model(NAME, pretrained=True).eval()
     digits, labels = load_digits('train')
     canvases = torch.cat([draw_canvases(digits, generator, distort=True) for _ in range(TRAIN_CANVASES_PER_DIGIT)])
     arguments = (dense, canvases, labels.repeat(TRAIN_CANVASES_PER_DIGIT))
-    models: Dict[str, List[torch.nn.Module]] = {}  # each name stands for a model of each seed
-    for name, tune in (('relevance', False), ('relevance, tuned', True)):
-        models[name] = []
-        for seed in range(seeds):
-            folder = out / f'{"tuned" if tune else "frozen"}-{seed}'
-            if not folder.exists():
-                save_for_hf(train(*arguments, steps, batch_size, seed, tune), folder, safe_serialization=True)
-            models[name].append(timm.create_model(f'local-dir:{folder}', pretrained=True).eval())
+    trained = []
+    for seed in range(seeds):
+        folder = out / f'{"tuned" if tune else "frozen"}-{seed}'
+        if not folder.exists():
+            save_for_hf(train(*arguments, steps, batch_size, seed, tune), folder, safe_serialization=True)
+        trained.append(timm.create_model(f'local-dir:{folder}', pretrained=True).eval())
+    if not tune:
+        shipped = {k: v.half().contiguous() for k, v in trained[0].state_dict().items()}
+        save_file(shipped, out / f'relevance_{NAME}.digits.safetensors', metadata={'format': 'pt'})
+    models = {'relevance': trained}  # each name stands for a model of each seed
     for rival in RIVALS:
-        draws = range(seeds if rival == 'random' else 1)
-        models[rival] = [timm_spot.sparsify(dense, scorer=rival, scorer_seed=seed) for seed in draws]
-    for rival in RIVALS[:2]:
-        models[f'{rival}, tuned'] = [with_rival(model, rival) for model in models['relevance, tuned']]
+        # On one backbone only draws differ from seed to seed.
+        backbones = enumerate(trained if tune or rival == 'random' else trained[:1])
+        models[rival] = [with_rival(model, rival, seed) for seed, model in backbones]
 
     held_out, labels = load_digits('held_out')
     batches = [to_input(draw_canvases(held_out, generator), dense) for _ in range(canvases_per_digit)]
@@ -169,22 +173,19 @@ def main(out: Path, steps: int, batch_size: int, seeds: int, canvases_per_digit:
         full = measure('dense', [dense], 64, sampler, 1.)
         click.echo(json.dumps(rows[-1]))
         for keep_rate in KEEP_RATES:
-            ours = {}
             for name, group in models.items():
                 hits = measure(name, group, 64, sampler, keep_rate)
                 compare('above_dense', hits - full)
-                tuned = name.endswith('tuned')
-                if name.startswith('relevance'):
-                    ours[tuned] = hits
+                if name == 'relevance':
+                    ours = hits
                 else:
-                    compare('below_relevance', ours[tuned] - hits)
+                    compare('below_relevance', ours - hits)
                 click.echo(json.dumps(rows[-1]))
     for sampler in SAMPLERS:  # placed, then pruned to 25 on average over the blocks, against 25 placed
-        measure('dense', [dense], 25, sampler, 1.)
+        placed = measure('dense', [dense], 25, sampler, 1.)
         click.echo(json.dumps(rows[-1]))
-        placed = correct(dense, batches, labels).float()
         for keep_rate in KEEP_RATES_49:
-            for name in ('relevance', 'relevance, tuned', 'cls-attention', 'received-attention'):
+            for name in ('relevance', 'cls-attention', 'received-attention'):
                 compare('above_25_placed', measure(name, models[name], 49, sampler, keep_rate) - placed)
                 click.echo(json.dumps(rows[-1]))
     (out / 'relevance.json').write_text(json.dumps(rows, indent=1) + '\n')

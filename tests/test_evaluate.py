@@ -204,6 +204,19 @@ def test_scorers_and_keep_rates_agree_with_a_count_of_our_own(folder, saved_vit,
     assert '| scorer | keep 1.0: top-1 | keep 0.5: top-1 |' in table and '| relevance, 64 as it is |' in table
 
 
+@pytest.mark.parametrize('scorers, model', [
+    ('relevance,cls-attention,random', 'relevance_spot_vit_pico_patch8_64'),
+    ('random', 'spot_vit_pico_patch8_64'),
+])
+def test_the_default_model_has_the_scorer(tmp_path, monkeypatch, scorers, model):
+    def stop(name):
+        raise ValueError(f'asked for {name}')
+
+    monkeypatch.setattr('timm_spot.cli.create_any_model', stop)
+    result = CliRunner().invoke(main, ['evaluate', '--scorers', scorers, '--out', str(tmp_path)])
+    assert f'asked for {model}\n' in result.output
+
+
 def test_placed_tokens_are_dropped(folder, saved, tmp_path):
     scorers = ('--scorers', 'received-attention', '--keep-rates', '1,0.5')
     result = evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS, *scorers)

@@ -17,6 +17,7 @@ import timm_spot
 from timm_spot.models import SubpixelVisionTransformer
 from timm_spot.models.relevance import SCORERS
 from timm_spot.models.sparsify import RelevanceSubpixelVisionTransformer, RelevanceVisionTransformer
+from timm_spot.tasks.digits import draw_canvases, load_digits, to_input
 
 BACKBONES = {
     'class token': dict(),
@@ -347,6 +348,19 @@ def test_relevance_vit_takes_the_weights_of_its_backbone():
     model.set_keep_rate(1)
     with torch.no_grad():
         assert torch.equal(model(images(2, 64)), source(images(2, 64)))
+
+
+@torch.no_grad()
+def test_shipped_predictors_find_the_digit():
+    model = timm.create_model('relevance_spot_vit_pico_patch8_64', pretrained=True, keep_rate=0.5).eval()
+    source = timm.create_model('spot_vit_pico_patch8_64', pretrained=True)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in source.state_dict().items())
+    digits, labels = load_digits('held_out')
+    x = to_input(draw_canvases(digits[:100], torch.Generator().manual_seed(0)), model)
+    right = (model(x).argmax(dim=1) == labels[:100]).sum().item()
+    assert right >= 95
+    model.set_scorer('random')
+    assert (model(x).argmax(dim=1) == labels[:100]).sum().item() < right - 20
 
 
 @pytest.mark.parametrize('scorer', ['relevance', 'random'])

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 _BATCH_SIZE = 32
 DEFAULT_MODEL = 'spot_vit_pico_patch8_64'
-_NAMES = ['spot_*', 'dht_*']
+_DEFAULT_SPARSE_MODEL = f'relevance_{DEFAULT_MODEL}'
+_NAMES = ['spot_*', 'dht_*', 'relevance_spot_*']
 
 
 @click.group(context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
@@ -489,7 +490,8 @@ class _List(click.ParamType):
 
 @main.command()
 @click.argument('data', default='digits')
-@click.option('--model', 'names', multiple=True, default=(DEFAULT_MODEL,), show_default=True,
+@click.option('--model', 'names', multiple=True,
+              show_default=f'{DEFAULT_MODEL}; with the scorer relevance {_DEFAULT_SPARSE_MODEL}',
               help='Any timm model: name, hf-hub:ID or local-dir:PATH; several with several --model.')
 @click.option('--samplers', type=_List(str), default='grid,uniform,gaussian,sobol,isotropic,center,salient',
               show_default=True)
@@ -549,6 +551,7 @@ def evaluate(
         check_matplotlib()
         processes = start_processes(device)
         out.mkdir(parents=True, exist_ok=True)
+        names = names or (_DEFAULT_SPARSE_MODEL if 'relevance' in what['scorers'] else DEFAULT_MODEL,)
         models = {name: create_any_model(name) for name in names}
         pictures = Pictures(data, split, data_dir, class_map)
         knn = None

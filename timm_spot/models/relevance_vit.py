@@ -6,6 +6,7 @@ https://arxiv.org/abs/2511.10488
 # No postponed annotations in this file: timm's registry reads those of entrypoints.
 import dataclasses
 from functools import partial
+from pathlib import Path
 from typing import Any, Callable, Dict, Optional
 
 import timm
@@ -44,6 +45,13 @@ def relevance_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -
     return state_dict
 
 
+def _from_digits() -> SpotPretrainedCfg:
+    """Config of the digits model with trained predictors."""
+    source = get_pretrained_cfg('spot_vit_pico_patch8_64.digits')
+    file = Path(source.file).with_name('relevance_spot_vit_pico_patch8_64.digits.safetensors')
+    return dataclasses.replace(source, file=str(file), architecture=None, tag=None)
+
+
 def _from_deit(source: str) -> PretrainedCfg:
     """Config of the DeiT whose weights are taken, safetensors from its Hub repository."""
     return dataclasses.replace(get_pretrained_cfg(source), architecture=None, tag=None, url=None)
@@ -55,6 +63,7 @@ default_cfgs = generate_default_cfgs({
     'relevance_deit_small_patch16_224.fb_in1k': _from_deit('deit_small_patch16_224.fb_in1k'),
     'relevance_deit_base_patch16_224.fb_in1k': _from_deit('deit_base_patch16_224.fb_in1k'),
     'relevance_spot_vit_base_patch16_mae.mae': _from_timm('vit_base_patch16_224.mae', num_classes=1000),
+    'relevance_spot_vit_pico_patch8_64.digits': _from_digits(),
 })
 
 
@@ -149,4 +158,17 @@ def relevance_spot_vit_base_patch16_mae(
     model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, init_values=1.0, global_pool='avg')
     return _create_spot_vit(
         'relevance_spot_vit_base_patch16_mae', pretrained, model_cls=RelevanceSubpixelVisionTransformer,
+        filter_fn=relevance_filter_fn, **dict(model_args, **kwargs))
+
+
+@register_model
+def relevance_spot_vit_pico_patch8_64(
+        pretrained: bool = False,
+        **kwargs: Any,
+) -> RelevanceSubpixelVisionTransformer:
+    """SPoT ViT-Pico that drops placed tokens; its digit weights, trained predictors included, are inside."""
+    model_args = dict(
+        img_size=64, patch_size=8, embed_dim=128, depth=5, num_heads=4, init_values=1.0, global_pool='avg')
+    return _create_spot_vit(
+        'relevance_spot_vit_pico_patch8_64', pretrained, model_cls=RelevanceSubpixelVisionTransformer,
         filter_fn=relevance_filter_fn, **dict(model_args, **kwargs))

@@ -52,7 +52,7 @@ def check_prunings(models: Dict[str, nn.Module], scorers: Sequence[str], keep_ra
     if 'relevance' in scorers and not any(_has_predictors(model) for model in models.values()):
         raise ValueError(
             f"scorers={','.join(scorers)}: 'relevance' needs trained predictors, and {', '.join(models)} has none: "
-            "give a model that has, such as what recipes/train_relevance.py writes.")
+            'give relevance_spot_vit_pico_patch8_64, say, or what recipes/train_relevance.py wrote.')
     if keep_rates and not scorers and not any(isinstance(model, TokenPruning) for model in models.values()):
         raise ValueError(f"keep_rates={','.join(map(str, keep_rates))} need scorers: any of {', '.join(SCORERS)}.")
 
