@@ -4,9 +4,9 @@
 
 The relevance predictors are trained at keep rates of 0.4 to 0.9 drawn per step, on 64 and 49 tokens, on the grid and
 off it, from three seeds; the backbone stays as it is shipped, so that all scorers are compared on the same one. With
---tune it is trained too, and the rivals are run on each trained backbone. Every model sees the same canvases of digits
-never seen in training, so that differences are taken image by image. Canvases of one digit are alike: standard errors
-are over the 359 digits (and over seeds), however many canvases each has.
+--tune it is trained too, and the rivals are run on each trained backbone. Every model sees the canvases of digits never
+seen in training that `timm-spot evaluate` has, so that differences are taken image by image. Canvases of one digit are
+alike: standard errors are over the 359 digits, and over seeds.
 
 Trained models are kept in --out, so that a second run goes on after them; the package holds the predictors of the first
 seed, in half precision.
@@ -18,7 +18,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import List, Tuple
+from typing import List, Sequence, Tuple
 
 import click
 import timm
@@ -28,8 +28,10 @@ from timm.models import save_for_hf
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_spot
+from timm_spot.tasks.data import Pictures
 from timm_spot.tasks.digits import draw_canvases, load_digits, to_input
 from timm_spot.tasks.metrics import estimate_mean
+from timm_spot.tasks.predict import model_transform
 from timm_spot.tasks.relevance import RelevanceTask
 
 NAME = 'spot_vit_pico_patch8_64'
@@ -82,7 +84,7 @@ def train(
 
 
 @torch.inference_mode()
-def correct(model: torch.nn.Module, batches: List[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+def correct(model: torch.nn.Module, batches: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
     """Whether each canvas is read right, (canvases,)."""
     return torch.cat([model(images).argmax(dim=1) for images in batches]) == labels
 
@@ -125,9 +127,8 @@ def format_table(rows: List[dict]) -> str:
 @click.option('--steps', default=150, show_default=True)
 @click.option('--batch-size', default=64, show_default=True)
 @click.option('--seeds', default=3, show_default=True)
-@click.option('--canvases-per-digit', default=5, show_default=True, help='Of the held-out digits.')
 @click.option('--tune', is_flag=True, help='Train the backbone as well.')
-def main(out: Path, steps: int, batch_size: int, seeds: int, canvases_per_digit: int, tune: bool) -> None:
+def main(out: Path, steps: int, batch_size: int, seeds: int, tune: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     dense = timm.create_model(NAME, pretrained=True).eval()
     digits, labels = load_digits('train')
@@ -148,10 +149,9 @@ def main(out: Path, steps: int, batch_size: int, seeds: int, canvases_per_digit:
         backbones = enumerate(trained if tune or rival == 'random' else trained[:1])
         models[rival] = [with_rival(model, rival, seed) for seed, model in backbones]
 
-    held_out, labels = load_digits('held_out')
-    batches = [to_input(draw_canvases(held_out, generator), dense) for _ in range(canvases_per_digit)]
-    digits = torch.arange(len(labels)).repeat(canvases_per_digit)
-    labels = labels.repeat(canvases_per_digit)
+    held_out, transform = Pictures('digits', 'validation'), model_transform(dense)
+    pictures, labels = zip(*(held_out[i] for i in range(len(held_out))))
+    batches, labels = torch.stack([transform(picture) for picture in pictures]).split(256), torch.tensor(labels)
     rows = []
 
     def measure(name: str, group: List[torch.nn.Module], n_tokens: int, sampler: str, keep_rate: float) -> torch.Tensor:
@@ -160,14 +160,14 @@ def main(out: Path, steps: int, batch_size: int, seeds: int, canvases_per_digit:
             if model is not dense:
                 model.set_keep_rate(keep_rate)
         hits = torch.stack([correct(model, batches, labels) for model in group]).float()
-        accuracy, error = mean_and_error(hits, digits)
+        accuracy, error = mean_and_error(hits, held_out.groups)
         rows.append(dict(
             name=name, n_tokens=n_tokens, sampler=sampler, keep_rate=keep_rate,
             gflops=gflops(group[0], batches[0]), accuracy=accuracy, error=error))
         return hits
 
     def compare(column: str, difference: torch.Tensor) -> None:
-        rows[-1][column], rows[-1][f'{column}_error'] = mean_and_error(difference, digits)
+        rows[-1][column], rows[-1][f'{column}_error'] = mean_and_error(difference, held_out.groups)
 
     for sampler in SAMPLERS:
         full = measure('dense', [dense], 64, sampler, 1.)

@@ -18,6 +18,7 @@ from timm_spot.models import SubpixelVisionTransformer
 from timm_spot.models.relevance import SCORERS
 from timm_spot.models.sparsify import RelevanceSubpixelVisionTransformer, RelevanceVisionTransformer
 from timm_spot.tasks.digits import draw_canvases, load_digits, to_input
+from timm_spot.tasks.flops import count_flops
 
 BACKBONES = {
     'class token': dict(),
@@ -223,6 +224,19 @@ def test_predictors_are_small(name, read):
         model = timm_spot.sparsify(name, read=read)
     added = sum(p.numel() for p in model.predictors.parameters())
     assert added < 0.015 * (sum(p.numel() for p in model.parameters()) - added)
+
+
+@pytest.mark.parametrize('name, published', [('deit_small_patch16_224', 2.9), ('deit_base_patch16_224', 11.4)])
+@torch.no_grad()
+def test_multiply_adds_are_the_published_ones_predictors_included(name, published):
+    """The published figures of models that drop tokens at keep rate 0.7 in front of blocks 3, 6 and 9."""
+    model, image = timm_spot.sparsify(name, 0.7, (3, 6, 9), read='all').eval(), torch.zeros(1, 3, 224, 224)
+    flops = count_flops(model, image)
+    assert flops / 2e9 == pytest.approx(published, rel=0.03)
+    model.set_scorer('random')
+    predictors = flops - count_flops(model, image)
+    model.set_keep_rate(1)
+    assert 0 < predictors < 0.04 * count_flops(model, image)
 
 
 @pytest.mark.parametrize('keywords, error, message', [
