@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 8 recipes/pretrain_mae.py --data-dir imagenet --model spot_mae_vit_base_patch16 \\
         --batch-size 512 --epochs 800 --warmup-epochs 40 --amp --out build/mae
 
-Writes timm checkpoints (OUT/last.pth.tar goes on with --resume), OUT/log.csv and OUT/encoder.safetensors, which timm's
-train.py fine-tunes: --model spot_vit_base_patch16_mae --pretrained --pretrained-path OUT/encoder.safetensors
+Writes timm checkpoints (OUT/last.pth.tar goes on with --resume), OUT/log.csv, a picture of reconstructions
+(OUT/reconstruction.png, wants matplotlib) and OUT/encoder.safetensors, which timm's train.py fine-tunes:
+--model spot_vit_base_patch16_mae --pretrained --pretrained-path OUT/encoder.safetensors
 """
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import CheckpointSaver, ParseKwargs, init_distributed_device, is_primary, random_seed, reduce_tensor
 
-import timm_spot  # noqa: F401  registers the models
+import timm_spot
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,6 +49,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--resume', default='', help='Checkpoint to go on from.')
     parser.add_argument('--seed', type=int, default=42)
     return parser.parse_args()
+
+
+@torch.inference_mode()
+def draw(model: torch.nn.Module, images: torch.Tensor, path: Path) -> None:
+    """Save a row for each image: the image, the windows seen of it, what the model made of the others."""
+    from matplotlib.figure import Figure
+
+    result = model.eval()(images)
+    figure = Figure(figsize=(6, 2 * len(images)), layout='constrained')
+    for i, axes in enumerate(figure.subplots(len(images), 3, squeeze=False)):
+        timm_spot.draw_reconstruction(images[i], result, i, axes)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -115,6 +128,7 @@ def main() -> None:
             saver.save_checkpoint(epoch, mean)
     if saver:
         save_file({k: v.contiguous() for k, v in model.encoder_state_dict().items()}, args.out / 'encoder.safetensors')
+        draw(model, images[:3].to(device), args.out / 'reconstruction.png')
     if args.distributed:
         torch.distributed.destroy_process_group()
 
