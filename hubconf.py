@@ -37,5 +37,5 @@ def dht_ras2vec(pretrained: bool = True, **kwargs: _typing.Any) -> _nn.Module:
     return timm_spot.RasterToVector(pretrained=pretrained, **kwargs)
 
 
-globals().update({name: _entrypoint(name) for name in _timm.list_models(['spot_*', 'dht_*'])})
+globals().update({name: _entrypoint(name) for name in _timm.list_models(['spot_*', 'dht_*', 'relevance_*'])})
 dht_vit_base_16_in1k = _entrypoint('dht_vit_base_patch16_in1k')  # the name in the authors' README

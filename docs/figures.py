@@ -79,7 +79,7 @@ def main() -> None:
     save(draw_trajectory(canvases[index, None], result, index)[0].figure, 'trajectory')
     animate(canvases[index, None], result, 8, IMAGES / 'search.gif', index)
 
-    sparse = timm_spot.sparsify(model, keep_rate=0.6, scorer='received-attention')
+    sparse = timm.create_model('relevance_spot_vit_pico_patch8_64', pretrained=True, keep_rate=0.6).eval()
     positions = timm_spot.sample_positions('sobol', 64, (64, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         kept = [stage[0] for stage in sparse.kept_tokens(to_input(canvases[:1], model), positions=positions)]

@@ -103,6 +103,7 @@ def test_models_lists_every_tag():
     assert 'Hub: timm/vit_base_patch16_224.mae' in rows['spot_vit_base_patch16_mae', 'mae']
     assert "the authors' file" in rows['spot_vit_base_patch16_mae', 'spot_in1k']
     assert 'in the package' in rows['spot_vit_pico_patch8_64', 'digits']
+    assert 'in the package' in rows['relevance_spot_vit_pico_patch8_64', 'digits']
 
 
 def test_convert_then_dry_run_of_push(tmp_path, pico):

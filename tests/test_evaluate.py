@@ -161,6 +161,91 @@ def test_baselines_oracle_and_another_model(folder, saved, saved_vit, tmp_path):
     assert not re.search(r'(src|href)="(?!data:|#)|url\((?!#)|@import|<link|<script', report)  # nothing to fetch
 
 
+def test_scorers_and_keep_rates_agree_with_a_count_of_our_own(folder, saved_vit, tmp_path):
+    vit = timm.create_model(saved_vit, pretrained=True).eval()
+    torch.manual_seed(1)
+    sparse = timm_spot.sparsify(vit, keep_rate=0.6, stages=(1, 3))
+    timm.models.save_for_hf(sparse, tmp_path / 'sparse')
+    names = (f"local-dir:{tmp_path / 'sparse'}", saved_vit)
+    arguments = (
+        '--model', saved_vit, '--scorers', 'relevance,cls-attention,random', '--keep-rates', '1,0.5', '--seeds', '0,1')
+    result = evaluate(folder, names[0], tmp_path / 'out', *arguments)
+    assert result.exit_code == 0, result.output
+    found = {(row['model'] == names[0], row['scorer'], row['keep_rate']): row for row in rows(tmp_path / 'out')}
+    assert list(found) == [
+        *((True, scorer, rate) for scorer in ('relevance', 'cls-attention', 'random') for rate in ('1.0', '0.5')),
+        *((False, scorer, rate) for scorer in ('cls-attention', 'random') for rate in ('1.0', '0.5'))]
+    assert {row['nll'] for key, row in found.items() if key[2] == '1.0'} == {found[True, 'relevance', '1.0']['nll']}
+
+    transform = model_transform(vit)
+    images = torch.stack([
+        transform(Image.open(folder / str(i // 3) / f'{i % 3}.png').convert('RGB')) for i in range(30)])
+
+    def nll(model):
+        with torch.inference_mode():
+            return torch.nn.functional.cross_entropy(model.eval()(images), torch.arange(30) // 3).item()
+
+    sparse.set_keep_rate(0.5)
+    assert float(found[True, 'relevance', '0.5']['nll']) == pytest.approx(nll(sparse), abs=1e-3)
+    for ours, stages in ((True, (1, 3)), (False, (1, 2, 3))):
+        own = found[ours, 'cls-attention', '0.5']
+        model = timm_spot.sparsify(vit, 0.5, stages, 'cls-attention')
+        assert float(own['nll']) == pytest.approx(nll(model), abs=1e-3)
+        assert (own['stages'], own['seeds'], own['n_tokens']) == (' '.join(map(str, stages)), '', '64')
+        drawn = [nll(timm_spot.sparsify(vit, 0.5, stages, 'random', scorer_seed=seed)) for seed in (0, 1)]
+        assert float(found[ours, 'random', '0.5']['nll']) == pytest.approx(sum(drawn) / 2, abs=1e-3)
+        assert float(own['gflops']) < 0.8 * float(found[ours, 'cls-attention', '1.0']['gflops'])
+
+    assert '0 rows computed, 10 found' in evaluate(folder, names[0], tmp_path / 'out', *arguments).output
+    assert '1 rows computed, 0 found' in evaluate(folder, names[0], tmp_path / 'own').output
+    row, = rows(tmp_path / 'own')
+    assert (row['scorer'], row['keep_rate'], row['stages']) == ('relevance', '0.6', '1 3')
+    table = (tmp_path / 'out' / 'results.md').read_text()
+    assert '| scorer | keep 1.0: top-1 | keep 0.5: top-1 |' in table and '| relevance, 64 as it is |' in table
+
+
+@pytest.mark.parametrize('scorers, model', [
+    ('relevance,cls-attention,random', 'relevance_spot_vit_pico_patch8_64'),
+    ('random', 'spot_vit_pico_patch8_64'),
+])
+def test_the_default_model_has_the_scorer(tmp_path, monkeypatch, scorers, model):
+    def stop(name):
+        raise ValueError(f'asked for {name}')
+
+    monkeypatch.setattr('timm_spot.cli.create_any_model', stop)
+    result = CliRunner().invoke(main, ['evaluate', '--scorers', scorers, '--out', str(tmp_path)])
+    assert f'asked for {model}\n' in result.output
+
+
+def test_placed_tokens_are_dropped(folder, saved, tmp_path):
+    scorers = ('--scorers', 'received-attention', '--keep-rates', '1,0.5')
+    result = evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS, *scorers)
+    assert result.exit_code == 0, result.output
+    found = {(row['sampler'], row['n_tokens'], row['keep_rate']): row for row in rows(tmp_path / 'out')}
+    assert len(found) == 8
+    evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS)
+    for row in rows(tmp_path / 'out')[8:]:
+        assert row['nll'] == found[row['sampler'], row['n_tokens'], '1.0']['nll']
+        assert row['nll'] != found[row['sampler'], row['n_tokens'], '0.5']['nll']
+    report = (tmp_path / 'out' / 'report.html').read_text()
+    assert report.count('<svg') == 4 and 'received-attention, 9 uniform, keep 0.5' in report
+    card = add_results('# a\n\n## Usage\n', (tmp_path / 'out' / 'results.csv').read_text())
+    assert '| uniform, received-attention at keep rate 0.5 | ' in card
+
+
+def test_a_model_that_cannot_drop_tokens_is_refused(folder, tmp_path):
+    resnet = timm.create_model('test_resnet', num_classes=10)
+    timm.models.save_for_hf(resnet, tmp_path / 'resnet')
+    result = evaluate(folder, f'local-dir:{tmp_path}/resnet', tmp_path / 'out', '--scorers', 'norm')
+    assert result.exit_code == 1 and 'it is a ResNet, not a timm VisionTransformer' in result.output
+
+
+def test_a_folder_of_another_version_is_left_alone(folder, saved, tmp_path):
+    (tmp_path / 'results.csv').write_text('data,sampler,top1\ndigits,grid,50.0\n')
+    result = evaluate(folder, saved, tmp_path, *ARGUMENTS)
+    assert result.exit_code == 1 and 'results.csv has other columns' in result.output
+
+
 def test_the_card_of_the_model_shows_the_results(folder, saved, tmp_path):
     evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS, '--seeds', '0,1,2')
     card = add_results('# a\n\n## Usage\n', (tmp_path / 'out' / 'results.csv').read_text())
@@ -197,6 +282,11 @@ def test_a_model_without_classifier_has_neighbours_only(folder, tmp_path):
     (['--samplers', 'isotopic'], "did you mean 'isotropic'"),
     (['--model', 'resnet1'], 'unknown model resnet1'),
     (['--saliency', 'nowhere'], "saliency='nowhere'"),
+    (['--scorers', 'norm,cls'], "scorers=norm,cls has the unknown 'cls': relevance, random, norm"),
+    (['--scorers', 'norm', '--keep-rates', '0.5,0'], 'keep_rate=0.0 must be greater than 0 and at most 1'),
+    (['--scorers', 'norm', '--keep-rates', '0.5,half'], 'is no list of numbers'),
+    (['--scorers', 'relevance'], "'relevance' needs trained predictors"),
+    (['--keep-rates', '0.5'], 'keep_rates=0.5 need scorers'),
 ])
 def test_errors_come_before_any_work(folder, saved, tmp_path, arguments, says):
     result = evaluate(folder, saved, tmp_path / 'out', *arguments)

@@ -29,7 +29,7 @@ def test_torch_hub_serves_every_name(tmp_path):
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
     aliases = ['dht_ras2vec', 'dht_vit_base_16_in1k']
-    assert sorted(answer['names']) == sorted(timm.list_models(['spot_*', 'dht_*']) + aliases)
+    assert sorted(answer['names']) == sorted(timm.list_models(['spot_*', 'dht_*', 'relevance_*']) + aliases)
     assert answer['n_tokens'] == [9, 50]
     assert answer['svg'].startswith('<svg ')
     assert 'masked autoencoder' in answer['help'] and 'n_tokens=' in answer['help']

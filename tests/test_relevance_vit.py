@@ -9,12 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from timm.models import save_for_hf
+from timm.models._features_fx import get_notrace_modules
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
+from torchvision.models.feature_extraction import NodePathTracer
 
 import timm_spot
 from timm_spot.models import SubpixelVisionTransformer
 from timm_spot.models.relevance import SCORERS
-from timm_spot.models.relevance_vit import RelevanceSubpixelVisionTransformer, RelevanceVisionTransformer
+from timm_spot.models.sparsify import RelevanceSubpixelVisionTransformer, RelevanceVisionTransformer
+from timm_spot.tasks.digits import draw_canvases, load_digits, to_input
+from timm_spot.tasks.flops import count_flops
 
 BACKBONES = {
     'class token': dict(),
@@ -213,13 +217,26 @@ def test_default_stages_are_quarters_of_the_depth():
     assert timm_spot.sparsify(backbone(depth=2)).stages == (1,)
 
 
-@pytest.mark.parametrize('name', ['deit_small_patch16_224', 'deit_base_patch16_224'])
+@pytest.mark.parametrize('name', ['deit_small_patch16_224', 'deit_base_patch16_224', 'spot_vit_pico_patch8_64'])
 @pytest.mark.parametrize('read', ['all', 'last'])
 def test_predictors_are_small(name, read):
     with torch.device('meta'):
-        model = timm.create_model(f'relevance_{name}', read=read)
+        model = timm_spot.sparsify(name, read=read)
     added = sum(p.numel() for p in model.predictors.parameters())
     assert added < 0.015 * (sum(p.numel() for p in model.parameters()) - added)
+
+
+@pytest.mark.parametrize('name, published', [('deit_small_patch16_224', 2.9), ('deit_base_patch16_224', 11.4)])
+@torch.no_grad()
+def test_multiply_adds_are_the_published_ones_predictors_included(name, published):
+    """The published figures of models that drop tokens at keep rate 0.7 in front of blocks 3, 6 and 9."""
+    model, image = timm_spot.sparsify(name, 0.7, (3, 6, 9), read='all').eval(), torch.zeros(1, 3, 224, 224)
+    flops = count_flops(model, image)
+    assert flops / 2e9 == pytest.approx(published, rel=0.03)
+    model.set_scorer('random')
+    predictors = flops - count_flops(model, image)
+    model.set_keep_rate(1)
+    assert 0 < predictors < 0.04 * count_flops(model, image)
 
 
 @pytest.mark.parametrize('keywords, error, message', [
@@ -240,6 +257,21 @@ def test_wrong_arguments(keywords, error, message):
     with pytest.raises(error, match=message):
         timm_spot.sparsify(vit, **keywords)
     assert type(vit) is VisionTransformer
+
+
+@torch.no_grad()
+def test_another_scorer_on_the_same_backbone(tmp_path):
+    vit, x = backbone(), images()
+    model = timm_spot.sparsify(vit, keep_rate=0.5, stages=(1, 3), read='all')
+    for scorer in ('received-attention', 'random'):
+        model.set_scorer(scorer, scorer_seed=3)
+        expected = timm_spot.sparsify(vit, 0.5, (1, 3), scorer, scorer_seed=3)
+        assert torch.equal(model(x), expected(x))
+    assert set(model.state_dict()) == set(vit.state_dict())
+    with pytest.raises(ValueError, match="scorer='relevance' needs trained predictors"):
+        model.set_scorer('relevance')
+    with pytest.raises(ValueError, match="scorer='cls' is unknown"):
+        model.set_scorer('cls')
 
 
 @pytest.mark.parametrize('name, reason', [
@@ -332,6 +364,19 @@ def test_relevance_vit_takes_the_weights_of_its_backbone():
         assert torch.equal(model(images(2, 64)), source(images(2, 64)))
 
 
+@torch.no_grad()
+def test_shipped_predictors_find_the_digit():
+    model = timm.create_model('relevance_spot_vit_pico_patch8_64', pretrained=True, keep_rate=0.5).eval()
+    source = timm.create_model('spot_vit_pico_patch8_64', pretrained=True)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in source.state_dict().items())
+    digits, labels = load_digits('held_out')
+    x = to_input(draw_canvases(digits[:100], torch.Generator().manual_seed(0)), model)
+    right = (model(x).argmax(dim=1) == labels[:100]).sum().item()
+    assert right >= 95
+    model.set_scorer('random')
+    assert (model(x).argmax(dim=1) == labels[:100]).sum().item() < right - 20
+
+
 @pytest.mark.parametrize('scorer', ['relevance', 'random'])
 def test_compiles_and_exports(scorer):
     torch.compiler.reset()
@@ -340,6 +385,14 @@ def test_compiles_and_exports(scorer):
         expected = model(x)
         assert torch.equal(torch.compile(model, fullgraph=True, backend='eager')(x), expected)
         assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+
+
+@torch.no_grad()
+def test_fx_graph_gives_the_logits():
+    """Functions that an FX graph takes as they are have to be known in each module that calls them."""
+    model, x = timm_spot.sparsify(backbone(depth=2)), images()
+    graph = NodePathTracer(leaf_modules=get_notrace_modules(), param_shapes_constant=True).trace(model)
+    assert torch.equal(torch.fx.GraphModule(model, graph)(x), model(x))
 
 
 def test_onnx_at_a_fixed_keep_rate(tmp_path):

@@ -13,8 +13,8 @@ from .models.attention_saliency import attention_saliency as attention_saliency
 from .models.dht_segmenter import DhtSegmenter as DhtSegmenter
 from .models.hierarchical_tokenizer import HierarchicalTokenizer as HierarchicalTokenizer
 from .models.hierarchical_tokenizer import Regions as Regions
-from .models.relevance_vit import sparsify as sparsify
 from .models.retrofit import retrofit as retrofit
+from .models.sparsify import sparsify as sparsify
 from .ops import list_samplers as list_samplers
 from .ops import register_sampler as register_sampler
 from .ops import sample_positions as sample_positions

@@ -19,7 +19,7 @@ from torch import nn
 
 import timm_spot
 
-from .models.relevance_vit import TokenPruning
+from .models.token_pruning import TokenPruning
 from .tasks import predict as prediction
 from .tasks.objectives import OBJECTIVES
 from .tasks.oracle_run import open_dataset, run_oracle
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 _BATCH_SIZE = 32
 DEFAULT_MODEL = 'spot_vit_pico_patch8_64'
-_NAMES = ['spot_*', 'dht_*']
+_DEFAULT_SPARSE_MODEL = f'relevance_{DEFAULT_MODEL}'
+_NAMES = ['spot_*', 'dht_*', 'relevance_spot_*']
 
 
 @click.group(context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
@@ -489,7 +490,8 @@ class _List(click.ParamType):
 
 @main.command()
 @click.argument('data', default='digits')
-@click.option('--model', 'names', multiple=True, default=(DEFAULT_MODEL,), show_default=True,
+@click.option('--model', 'names', multiple=True,
+              show_default=f'{DEFAULT_MODEL}; with the scorer relevance {_DEFAULT_SPARSE_MODEL}',
               help='Any timm model: name, hf-hub:ID or local-dir:PATH; several with several --model.')
 @click.option('--samplers', type=_List(str), default='grid,uniform,gaussian,sobol,isotropic,center,salient',
               show_default=True)
@@ -499,7 +501,12 @@ class _List(click.ParamType):
 @click.option('--knn-k', type=click.IntRange(min=1), default=20, show_default=True)
 @click.option('--knn-temperature', type=float, default=0.07, show_default=True)
 @click.option('--baselines', type=_List(str), default='', help='Any of patch-drop,low-res,top-k.')
-@click.option('--seeds', type=_List(int), default='0', show_default=True, help='For placements that are drawn.')
+@click.option('--scorers', type=_List(str), default='', help='Also drop tokens by any of relevance (of a model with '
+              'trained predictors), cls-attention, received-attention, norm, random.')
+@click.option('--keep-rates', type=_List(float), default='', show_default='1,0.9,0.7,0.5',
+              help='Shares of the tokens that each stage keeps.')
+@click.option('--seeds', type=_List(int), default='0', show_default=True,
+              help='For placements and tokens that are drawn.')
 @click.option('--saliency', metavar='spectral|attention:NAME|FOLDER', default='spectral', show_default=True,
               help='Maps for the salient samplers.')
 @click.option('--split', default='validation', show_default=True)
@@ -544,6 +551,7 @@ def evaluate(
         check_matplotlib()
         processes = start_processes(device)
         out.mkdir(parents=True, exist_ok=True)
+        names = names or (_DEFAULT_SPARSE_MODEL if 'relevance' in what['scorers'] else DEFAULT_MODEL,)
         models = {name: create_any_model(name) for name in names}
         pictures = Pictures(data, split, data_dir, class_map)
         knn = None

@@ -35,12 +35,12 @@ class RelevancePredictor(nn.Module):
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        hidden = dim // 4
-        self.norm = nn.LayerNorm(dim, **dd)
-        self.proj = nn.Linear(dim, hidden, **dd)
-        self.local = nn.Linear(hidden + num_statistics, hidden, **dd)
+        features, hidden = dim // 4 + num_statistics, dim // 16
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False)  # the projection has weights enough
+        self.proj = nn.Linear(dim, dim // 4, **dd)
+        self.local = nn.Linear(features, hidden, **dd)
         # The mean over tokens is the same for all of them: it is multiplied once, not with each token.
-        self.context = nn.Linear(hidden + num_statistics, hidden, bias=False, **dd)
+        self.context = nn.Linear(features, hidden, bias=False, **dd)
         self.act = nn.GELU()
         self.head = nn.Linear(hidden, 1, **dd)
 

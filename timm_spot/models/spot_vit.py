@@ -33,6 +33,7 @@ from torch import nn
 from ..ops.samplers import lattice_shape
 from .checkpoint import checkpoint_filter_fn
 from .download import check_download
+from .intermediates import Intermediates, format_intermediates
 from .subpixel_embed import Saliency, SubpixelEmbed
 
 __all__ = ['SpotPretrainedCfg', 'SubpixelVisionTransformer']
@@ -214,7 +215,7 @@ class SubpixelVisionTransformer(VisionTransformer):
             attn_mask: Optional[torch.Tensor] = None,
             is_causal: bool = False,
             positions: Optional[torch.Tensor] = None,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
+    ) -> Intermediates:
         """Features after chosen blocks, with timm's arguments and results.
 
         'NLC' gives tokens (B, N, D). 'NCHW' gives maps (B, D, rows, columns) of the lattice on which the tokens lie.
@@ -252,21 +253,8 @@ class SubpixelVisionTransformer(VisionTransformer):
             if i in take_indices:
                 taken.append(self.norm(x) if norm else x)
 
-        prefix_tokens = [y[:, :self.num_prefix_tokens] for y in taken] if self.num_prefix_tokens else None
-        intermediates = [y[:, self.num_prefix_tokens:] for y in taken]
-        if map_size is not None:
-            intermediates = [y.transpose(1, 2).unflatten(2, map_size).contiguous() for y in intermediates]
-
-        if output_dict:
-            result: Dict[str, Any] = dict(image_intermediates=intermediates)
-            if prefix_tokens is not None and return_prefix_tokens:
-                result['image_intermediates_prefix'] = prefix_tokens
-            if not intermediates_only:
-                result['image_features'] = self.norm(x)
-            return result
-        if return_prefix_tokens and prefix_tokens is not None:
-            intermediates = list(zip(intermediates, prefix_tokens))
-        return intermediates if intermediates_only else (self.norm(x), intermediates)
+        last = None if intermediates_only else self.norm(x)
+        return format_intermediates(taken, last, self.num_prefix_tokens, return_prefix_tokens, output_dict, map_size)
 
     def _map_size(self, images: torch.Tensor, positions: Optional[torch.Tensor]) -> Tuple[int, int]:
         """Rows and columns of the feature map that the placement forms."""

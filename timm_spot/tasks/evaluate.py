@@ -2,9 +2,9 @@
 
 Paper: `SPoT: Subpixel Placement of Tokens in Vision Transformers` - https://arxiv.org/abs/2507.01654
 
-A row is one model at one placement and budget. Rows are written to `results.csv` one by one, under a key of everything
-that determines them, so that a run goes on where an earlier one ended; `speed.csv`, of the same keys, holds what no two
-runs measure alike.
+A row is one model at one placement and budget, and one scorer and keep rate where its tokens are dropped. Rows are
+written to `results.csv` one by one, under a key of everything that determines them, so that a run goes on where an
+earlier one ended; `speed.csv`, of the same keys, holds what no two runs measure alike.
 """
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import io
 import os
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -24,6 +25,7 @@ from torch import nn
 
 from ..models.spot_vit import SubpixelVisionTransformer
 from ..ops.samplers import get_sampler, sample_positions
+from . import prunings
 from .baselines import LowRes, patch_drop, random_patches, shrunk_grid, top_k
 from .data import Batch, Decoded, Pictures, check_classes
 from .flops import count_flops
@@ -38,7 +40,9 @@ from .saliency_maps import saliency_source
 BASELINES = ('patch-drop', 'low-res', 'top-k')
 AS_IT_IS = 'as it is'
 RESULTS, SPEED = 'results.csv', 'speed.csv'
-KEY = ('data', 'data_sha', 'split', 'model', 'weights', 'sampler', 'n_tokens', 'seeds', 'saliency', 'knn', 'amp')
+KEY = (
+    'data', 'data_sha', 'split', 'model', 'weights', 'sampler', 'n_tokens', *prunings.COLUMNS, 'seeds', 'saliency',
+    'knn', 'amp')
 _METRICS = ('top1', 'top5', 'nll', 'ece', 'knn_top1')
 COLUMNS = (
     *KEY, 'images', 'skipped', *(f'{m}{suffix}' for m in _METRICS for suffix in ('', '_se', '_se_seeds')), 'gflops')
@@ -85,11 +89,14 @@ def list_cells(
         saliency: str = 'spectral',
         knn: Optional[Knn] = None,
         amp: Optional[str] = None,
+        scorers: Sequence[str] = (),
+        keep_rates: Sequence[float] = (),
 ) -> List[Cell]:
     """The rows that an evaluation has, in order; nothing is computed yet.
 
     Subpixel ViTs have a row for each sampler and budget; VisionTransformers, subpixel or not, one for each baseline and
-    budget; models that are not subpixel one as they are.
+    budget; models that are not subpixel one as they are. Where tokens are dropped (`scorers`, or a model that does it
+    by itself), each of these but the baselines is a row for each scorer and keep rate.
 
     Raises:
         ValueError: Something unknown, or that a model or its image size does not allow.
@@ -97,12 +104,15 @@ def list_cells(
     unknown = [b for b in baselines if b not in BASELINES]
     if unknown:
         raise ValueError(f"baselines={','.join(baselines)} has the unknown {unknown[0]!r}: {', '.join(BASELINES)}.")
+    prunings.check_prunings(models, scorers, keep_rates)
     cells = []
     for name, model in models.items():
         check_classes(pictures, model)
         if not model.num_classes and knn is None:
             raise ValueError(f'{name} has no classifier: give --knn, to classify by nearest neighbours.')
+        pruned = prunings.list_prunings(model, scorers, keep_rates)
         common = dict(
+            dict.fromkeys(prunings.COLUMNS, ''),
             data=pictures.source, data_sha=pictures.digest(), split=split, model=name,
             weights=weights_digest(model)[:12], saliency='', amp=amp or '', knn=knn.key if knn else '')
 
@@ -121,6 +131,23 @@ def list_cells(
                 seeds=' '.join(map(str, used)) if stochastic else '')
             cells.append(Cell({**key, **changes}, model, tokens, used))
 
+        def add_each(
+                sampler: str,
+                n_tokens: Optional[int],
+                tokens_of: Callable[[nn.Module], Tokens],
+                stochastic: bool,
+                model: nn.Module = model,
+                pruned: Sequence[prunings.Pruning] = pruned,
+                add: Callable[..., None] = add,
+                **changes: Any,
+        ) -> None:
+            """Add the row, or, where tokens are dropped, that of each scorer and keep rate."""
+            if not pruned:
+                add(sampler, n_tokens, tokens_of(model), stochastic, **changes)
+            for pruning in pruned:
+                add(sampler, n_tokens, _pruned(tokens_of(pruning.model), pruning), stochastic or pruning.stochastic,
+                    model=pruning.model, **pruning.key, **changes)
+
         size = model.pretrained_cfg['input_size'][1:]
         if isinstance(model, SubpixelVisionTransformer):
             read_maps = saliency_source(saliency, model, model_transform(model))
@@ -130,18 +157,21 @@ def list_cells(
                     if not stochastic:
                         # Refuses a budget that a grid has not before any work.
                         sample_positions(sampler, n, size, window=model.patch_embed.window)
-                    add(sampler, n, _placed(model, sampler, n, read_maps), stochastic,
+                    add_each(
+                        sampler, n, partial(_placed, sampler=sampler, n_tokens=n, read_maps=read_maps), stochastic,
                         saliency=saliency if maps else '')
             if oracle is not None:
                 stochastic = not get_sampler(oracle).deterministic
                 maps = 'saliency' in get_sampler(oracle).keywords
                 for n in budgets:
                     # No nearest neighbours: their labels would have to be searched with.
-                    add(f'oracle {oracle}', n, _searched(model, oracle, n, read_maps, amp), stochastic,
+                    add_each(
+                        f'oracle {oracle}', n,
+                        partial(_searched, init=oracle, n_tokens=n, read_maps=read_maps, amp=amp), stochastic,
                         saliency=saliency if maps else '', knn='')
         else:
             n_patches = model.patch_embed.num_patches if isinstance(model, VisionTransformer) else None
-            add(AS_IT_IS, n_patches, _as_it_is(model), False)
+            add_each(AS_IT_IS, n_patches, _as_it_is, False)
         if not isinstance(model, VisionTransformer):
             continue
         for baseline in baselines:
@@ -180,6 +210,15 @@ def _searched(model: nn.Module, init: str, n_tokens: int, read_maps: Callable, a
 
 def _as_it_is(model: nn.Module) -> Tokens:
     return lambda images, labels, index, files, seed: model.forward_features(images)
+
+
+def _pruned(tokens: Tokens, pruning: prunings.Pruning) -> Tokens:
+    def pruned(images: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, files: Sequence[str], seed: int
+               ) -> torch.Tensor:
+        pruning.apply(seed)
+        return tokens(images, labels, index, files, seed)
+
+    return pruned
 
 
 def _dropped(model: nn.Module, n_tokens: int) -> Tokens:
@@ -270,7 +309,10 @@ def count_work(cells: Sequence[Cell], pictures: Pictures, knn: Optional[Knn]) ->
 
 def missing_cells(cells: Sequence[Cell], out: Path) -> List[Cell]:
     """Those whose rows `out` has not yet."""
-    done = {_identity(row) for row in read_rows(out / RESULTS)}
+    rows = read_rows(out / RESULTS)
+    if rows and tuple(rows[0]) != COLUMNS:
+        raise ValueError(f'{out / RESULTS} has other columns, it is of another version: give another folder.')
+    done = {_identity(row) for row in rows}
     return [cell for cell in cells if _identity(cell.key) not in done]
 
 

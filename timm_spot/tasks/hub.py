@@ -162,9 +162,12 @@ def add_results(card: str, results: str) -> str:
         raise ValueError(f"{RESULTS} must have rows with the columns sampler, n_tokens, top1; it lacks {missing}.")
     cells: Dict[str, Dict[int, float]] = {}
     for row in rows:
-        budgets = cells.setdefault(row['sampler'], {})
+        name = row['sampler']
+        if row.get('scorer'):
+            name += f", {row['scorer']} at keep rate {row['keep_rate']}"
+        budgets = cells.setdefault(name, {})
         if int(row['n_tokens']) in budgets:
-            raise ValueError(f"{RESULTS} names {row['sampler']} at {row['n_tokens']} tokens twice.")
+            raise ValueError(f"{RESULTS} names {name} at {row['n_tokens']} tokens twice.")
         budgets[int(row['n_tokens'])] = float(row['top1'])
     budgets = sorted({n for row in cells.values() for n in row})
     lines = ['| sampler | ' + ' | '.join(f'{n} tokens' for n in budgets) + ' |', '|---' * (len(budgets) + 1) + '|']

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from timm.task import TrainingTask, resolve_classification_loss
 from torch import nn
 
-from ..models.relevance_vit import MaskedOutput, TokenPruning
 from ..models.spot_vit import SubpixelVisionTransformer
+from ..models.token_pruning import MaskedOutput, TokenPruning
 from ..ops.relevance import check_keep_rate
 
 

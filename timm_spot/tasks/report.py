@@ -66,18 +66,21 @@ def write_report(out: Path, models: Dict[str, nn.Module], pictures: Pictures) ->
         pictures: The data set, whose first pictures they are shown on.
     """
     rows = read_results(out)
-    tables = [f'## {name}\n\n{_markdown_table(_of(rows, name))}\n' for name in _names(rows)]
-    (out / 'results.md').write_text(
-        '\n'.join(tables) + f'\n{_NOTE}\n', encoding='utf-8')
-    parts = []
+    tables, parts = [], []
     for name in _names(rows):
         own = _of(rows, name)
-        parts.append(f'<h2>{html.escape(name)}</h2>{_html_table(own)}')
-        for x in ('n_tokens', 'images_per_s'):
-            parts.append(_svg(_plot(own, x)))
+        tables.append(f'## {name}\n')
+        parts.append(f'<h2>{html.escape(name)}</h2>')
+        for by, x in (('n_tokens', 'n_tokens'), ('keep_rate', 'gflops')):
+            group = [row for row in own if bool(row['scorer']) == (by == 'keep_rate')]
+            if group:
+                tables.append(_markdown_table(group, by) + '\n')
+                parts.append(_html_table(group, by))
+                parts += [_svg(_plot(group, by, axis)) for axis in (x, 'images_per_s')]
         parts.append(f'<h3>All measures</h3>{_html_details(own)}')
         if isinstance(models.get(name), SubpixelVisionTransformer) and not pictures.is_stream:
             parts.append(_placements(own, models[name], pictures))
+    (out / 'results.md').write_text('\n'.join([*tables, f'{_NOTE}\n']), encoding='utf-8')
     (out / 'report.html').write_text(
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><title>timm_spot evaluation</title>'
@@ -87,7 +90,7 @@ def write_report(out: Path, models: Dict[str, nn.Module], pictures: Pictures) ->
 
 _NOTE = (
     'Top-1 and nearest-neighbour (kNN) accuracy in percent, ± the standard error over images. The best of each column '
-    'is in bold; an oracle sees the labels and does not compete.')
+    'is in bold; an oracle sees the labels and does not compete. "Keep" is the share of tokens that a stage keeps.')
 
 
 def _names(rows: Sequence[Row]) -> List[str]:
@@ -99,36 +102,39 @@ def _of(rows: Sequence[Row], name: str) -> List[Row]:
 
 
 def _label(row: Row, rows: Sequence[Row]) -> str:
-    """A row's placement, with whatever else tells it from other rows of the same placement and budget."""
-    twins = [r for r in rows if (r['sampler'], r['n_tokens']) == (row['sampler'], row['n_tokens'])]
-    extra = [row[key] or 'none' for key in ('data', 'split', 'data_sha', 'weights', 'seeds', 'saliency', 'knn', 'amp')
+    """A row's placement or scorer, with whatever else tells it from other rows of the same table cell."""
+    twins = [r for r in rows if all(r[key] == row[key] for key in ('sampler', 'n_tokens', 'scorer', 'keep_rate'))]
+    extra = [row[key] or 'none'
+             for key in ('data', 'split', 'data_sha', 'weights', 'stages', 'seeds', 'saliency', 'knn', 'amp')
              if len({twin[key] for twin in twins}) > 1]
-    return row['sampler'] + (f" ({', '.join(extra)})" if extra else '')
+    name = f"{row['scorer']}, {row['n_tokens']} {row['sampler']}" if row['scorer'] else row['sampler']
+    return name + (f" ({', '.join(extra)})" if extra else '')
 
 
-def _layout(rows: Sequence[Row]) -> Dict[str, Dict[str, Row]]:
-    """Rows by placement, then budget."""
+def _layout(rows: Sequence[Row], by: str) -> Dict[str, Dict[str, Row]]:
+    """Rows by placement, then budget (`by='n_tokens'`); or by scorer and placement, then keep rate ('keep_rate')."""
     layout: Dict[str, Dict[str, Row]] = {}
     for row in rows:
-        layout.setdefault(_label(row, rows), {})[row['n_tokens']] = row
+        layout.setdefault(_label(row, rows), {})[row[by]] = row
     return layout
 
 
-def _columns(rows: Sequence[Row]) -> List[tuple]:
-    budgets = sorted({row['n_tokens'] for row in rows}, key=lambda n: int(n or 0))
-    return [(n, metric) for n in budgets for metric in _SHOWN if any(
-        row[metric] for row in rows if row['n_tokens'] == n)]
+def _columns(rows: Sequence[Row], by: str) -> List[tuple]:
+    values = sorted({row[by] for row in rows}, key=lambda n: float(n or 0), reverse=by == 'keep_rate')
+    return [(n, metric) for n in values for metric in _SHOWN if any(row[metric] for row in rows if row[by] == n)]
 
 
-def _table(rows: Sequence[Row], bold: Callable[[str], str], small: Callable[[str], str]) -> List[List[str]]:
+def _table(rows: Sequence[Row], by: str, bold: Callable[[str], str], small: Callable[[str], str]) -> List[List[str]]:
     """Cells of the page's table, header first."""
-    layout, columns = _layout(rows), _columns(rows)
+    layout, columns = _layout(rows, by), _columns(rows, by)
     best = {}
     for n, metric in columns:
-        competing = [float(r[metric]) for r in rows
-                     if r['n_tokens'] == n and r[metric] and not r['sampler'].startswith('oracle')]
+        competing = [
+            float(r[metric]) for r in rows if r[by] == n and r[metric] and not r['sampler'].startswith('oracle')]
         best[n, metric] = f'{max(competing):.1f}' if competing else None
-    lines = [['placement', *(f"{n or 'all'}: {'top-1' if metric == 'top1' else 'kNN'}" for n, metric in columns)]]
+    titles = [f"{'keep ' if by == 'keep_rate' else ''}{n or 'all'}: {'top-1' if metric == 'top1' else 'kNN'}"
+              for n, metric in columns]
+    lines = [['scorer' if by == 'keep_rate' else 'placement', *titles]]
     for label, cells in layout.items():
         line = [label]
         for n, metric in columns:
@@ -143,20 +149,21 @@ def _table(rows: Sequence[Row], bold: Callable[[str], str], small: Callable[[str
     return lines
 
 
-def _markdown_table(rows: Sequence[Row]) -> str:
-    header, *lines = _table(rows, lambda value: f'**{value}**', str)
+def _markdown_table(rows: Sequence[Row], by: str) -> str:
+    header, *lines = _table(rows, by, lambda value: f'**{value}**', str)
     return '\n'.join(f"| {' | '.join(line)} |" for line in [header, ['---'] * len(header), *lines])
 
 
-def _html_table(rows: Sequence[Row]) -> str:
-    header, *lines = _table(rows, lambda value: f'<b>{value}</b>', lambda error: f'<small>{error}</small>')
+def _html_table(rows: Sequence[Row], by: str) -> str:
+    header, *lines = _table(rows, by, lambda value: f'<b>{value}</b>', lambda error: f'<small>{error}</small>')
     return _html([[html.escape(cell) for cell in header], *([html.escape(line[0]), *line[1:]] for line in lines)])
 
 
 def _html_details(rows: Sequence[Row]) -> str:
     lines = [['placement', 'tokens', *_TITLES.values()]]
     for row in rows:
-        line = [html.escape(_label(row, rows)), row['n_tokens']]
+        keep = f", keep {row['keep_rate']}" if row['scorer'] else ''
+        line = [html.escape(_label(row, rows) + keep), row['n_tokens']]
         for metric in _TITLES:
             errors = ''.join(
                 f" <small>± {float(row[metric + suffix]):.2f}{mark}</small>"
@@ -173,15 +180,15 @@ def _html(lines: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def _plot(rows: Sequence[Row], x: str) -> Figure:
-    """Accuracy against tokens or speed: a line for each placement, with the standard error of each point."""
+def _plot(rows: Sequence[Row], by: str, x: str) -> Figure:
+    """Accuracy against a column: a line for each placement or scorer, with the standard error of each point."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(5, 4.8), layout='constrained')
     ax = figure.subplots()
-    layout = _layout(rows)
+    layout = _layout(rows, by)
     metric = next(metric for metric in _SHOWN if any(row[metric] for row in rows))  # top-1, where there is a classifier
     # Colour, marker and line vary together: legible in grey too.
     for i, (label, cells) in enumerate(layout.items()):
@@ -194,14 +201,14 @@ def _plot(rows: Sequence[Row], x: str) -> Figure:
             at, accuracy, yerr=error, label=textwrap.fill(label, 28), marker='osD^vPX*<>'[i % 10],
             color=colormaps['tab10'](i % 10),
             linestyle=('-', '--', ':')[i // 10 % 3], markersize=5, capsize=2, linewidth=1.3)
-    ax.set_xscale('log')
+    ax.set_xscale('linear' if x == 'gflops' else 'log')
     ax.xaxis.set_major_formatter(ScalarFormatter())
     ax.xaxis.set_minor_formatter(ScalarFormatter() if x == 'n_tokens' else '')
     if x == 'n_tokens':
         budgets = sorted({int(row['n_tokens']) for row in rows if row['n_tokens']})
         ax.set_xticks(budgets, [str(n) for n in budgets])
         ax.set_xticks([], minor=True)
-    ax.set_xlabel('tokens' if x == 'n_tokens' else 'images/s')
+    ax.set_xlabel('tokens' if x == 'n_tokens' else _TITLES[x])
     ax.set_ylabel(_TITLES[metric])
     ax.grid(alpha=0.3)
     figure.legend(loc='outside lower center', ncols=2, frameon=False, fontsize='small')
