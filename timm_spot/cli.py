@@ -63,9 +63,22 @@ def create_any_model(name: str, weights: Optional[str] = None, **kwargs: Any) ->
 def create_model(name: str, weights: Optional[str] = None, **kwargs: Any) -> nn.Module:
     """A model of ours, see `create_any_model`; an error for any other."""
     model = create_any_model(name, weights, **kwargs)
-    if not isinstance(model, (timm_spot.models.SubpixelVisionTransformer, timm_spot.models.DhtVisionTransformer)):
+    if not isinstance(model, timm_spot.models.SubpixelVisionTransformer) and not _is_dht(model):
         raise ValueError(f'{name} is no model of timm_spot: `timm-spot models` lists those that are.')
     return model
+
+
+def create_subpixel_model(name: str, weights: Optional[str] = None, **kwargs: Any) -> nn.Module:
+    """A model of ours that places its tokens; an error for a dHT model."""
+    model = create_model(name, weights, **kwargs)
+    if _is_dht(model):
+        raise ValueError(
+            f'{name} is a dHT model, whose tokens are regions that it finds itself: this command is for subpixel ViTs.')
+    return model
+
+
+def _is_dht(model: nn.Module) -> bool:
+    return isinstance(model, timm_spot.models.DhtVisionTransformer)
 
 
 saliency_option = click.option(
@@ -138,10 +151,6 @@ def predict(
 
 def _picture_path(path: Path, file: Path, n_files: int) -> Path:
     return path if n_files == 1 else path.with_name(f'{path.stem}-{file.stem}.png')
-
-
-def _is_dht(model: nn.Module) -> bool:
-    return isinstance(model, timm_spot.models.DhtVisionTransformer)
 
 
 def _choose_prior(
@@ -221,7 +230,7 @@ def oracle(
     DATA is a folder of pictures, or of a dataset that timm opens. A run that was killed goes on where it was.
     """
     with clean_errors():
-        model = create_model(name, weights, n_tokens=n_tokens).to(device)
+        model = create_subpixel_model(name, weights, n_tokens=n_tokens).to(device)
         dataset, labels = open_dataset(model, data, kind, split, class_map)
         if objective == 'label' and not labels:
             raise ValueError(
@@ -253,7 +262,7 @@ def models() -> None:
     rows = [('model', 'tag', 'parameters', 'weights')]
     for name in timm.list_models(_NAMES):
         parameters = sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
-        for tagged in timm.list_models(f'{name}.*', include_tags=True):
+        for tagged in timm.list_models(f'{name}.*', include_tags=True) or [name]:
             cfg = timm.get_pretrained_cfg(tagged)
             if cfg.hf_hub_id:
                 source = f'Hub: {cfg.hf_hub_id}'
@@ -263,7 +272,7 @@ def models() -> None:
                 source = 'none'
             else:
                 source = f"the authors' file, see {cfg.origin_url}"
-            rows.append((name, cfg.tag, f'{parameters / 1e6:.1f} M', source))
+            rows.append((name, cfg.tag or '', f'{parameters / 1e6:.1f} M', source))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
         click.echo('  '.join(cell.ljust(width) for cell, width in zip(row, widths)) + '  ' + row[3])
@@ -301,7 +310,7 @@ def export(name: str, out: Path, weights: Optional[str], n_tokens: Optional[int]
     from .tasks.export import export_model
 
     with clean_errors():
-        difference = export_model(create_model(name, weights, n_tokens=n_tokens), out, positions_as_input)
+        difference = export_model(create_subpixel_model(name, weights, n_tokens=n_tokens), out, positions_as_input)
     click.echo(f'{out} ({out.stat().st_size / 1e6:.1f} MB), largest difference to the model {difference:.1g}')
 
 

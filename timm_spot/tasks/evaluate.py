@@ -16,12 +16,13 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from ..models.dht_vit import DhtVisionTransformer, TokenFeatures
 from ..models.spot_vit import SubpixelVisionTransformer
 from ..ops.samplers import get_sampler, sample_positions
 from .baselines import LowRes, patch_drop, random_patches, shrunk_grid, top_k
@@ -37,6 +38,7 @@ from .saliency_maps import saliency_source
 
 BASELINES = ('patch-drop', 'low-res', 'top-k')
 AS_IT_IS = 'as it is'
+REGIONS = 'regions'
 RESULTS, SPEED = 'results.csv', 'speed.csv'
 KEY = ('data', 'data_sha', 'split', 'model', 'weights', 'sampler', 'n_tokens', 'seeds', 'saliency', 'knn', 'amp')
 _METRICS = ('top1', 'top5', 'nll', 'ece', 'knn_top1')
@@ -46,8 +48,10 @@ SPEED_COLUMNS = (*KEY, 'images_per_s')
 _PERCENT = ('top1', 'top5', 'ece', 'knn_top1')
 
 Row = Dict[str, str]
-# From normalised images, labels, their numbers in the data set and their files, for a seed, to tokens after the norm.
-Tokens = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[str], int], torch.Tensor]
+# From normalised images, labels, their numbers in the data set and their files, for a seed, to what `forward_head`
+# takes: tokens after the norm.
+Tokens = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, Sequence[str], int], Union[torch.Tensor, TokenFeatures]]
 
 
 @dataclasses.dataclass
@@ -88,8 +92,9 @@ def list_cells(
 ) -> List[Cell]:
     """The rows that an evaluation has, in order; nothing is computed yet.
 
-    Subpixel ViTs have a row for each sampler and budget; VisionTransformers, subpixel or not, one for each baseline and
-    budget; models that are not subpixel one as they are.
+    Subpixel ViTs have a row for each sampler and budget; dHT models, whose tokens are regions, one for each budget;
+    other VisionTransformers, and subpixel ones, one for each baseline and budget; models that have no budget one as
+    they are.
 
     Raises:
         ValueError: Something unknown, or that a model or its image size does not allow.
@@ -139,6 +144,10 @@ def list_cells(
                     # No nearest neighbours: their labels would have to be searched with.
                     add(f'oracle {oracle}', n, _searched(model, oracle, n, read_maps, amp), stochastic,
                         saliency=saliency if maps else '', knn='')
+        elif isinstance(model, DhtVisionTransformer):
+            for n in budgets:
+                add(REGIONS, n, _merged(model, n), False)
+            continue
         else:
             n_patches = model.patch_embed.num_patches if isinstance(model, VisionTransformer) else None
             add(AS_IT_IS, n_patches, _as_it_is(model), False)
@@ -174,6 +183,14 @@ def _searched(model: nn.Module, init: str, n_tokens: int, read_maps: Callable, a
         found = optimize_positions(
             model, images, labels, init=start, record=False, amp_dtype=getattr(torch, amp) if amp else None)
         return model.forward_features(images, found.positions)
+
+    return tokens
+
+
+def _merged(model: nn.Module, n_tokens: int) -> Tokens:
+    def tokens(images: torch.Tensor, *_: Any) -> TokenFeatures:
+        model.patch_embed.set_budget(n_tokens)
+        return model.forward_features(images)
 
     return tokens
 
