@@ -75,9 +75,33 @@ def test_options(tokenizer):
     assert 'stroke-width="0.5"' in timm_spot.vectorize(image, tokenizer, stroke=0.5)[0]
 
 
+def test_long_borders_stay_where_they_are(tokenizer):
+    """The cut corner of a long edge: a square of 40 px keeps its corners within two pixels."""
+    image = torch.full((1, 3, 64, 64), -1.8)
+    image[..., 12:52, 12:52] = 2.
+    reach = {}
+    for longest in (None, 4.):
+        svg, = timm_spot.vectorize(image, tokenizer, smoothing=1, longest_edge=longest)
+        square = max((line for line in svg.splitlines() if line.startswith('<path')), key=brightness)
+        reach[longest] = min(
+            abs(float(y) - 12) + abs(float(x) - 12) for x, y in re.findall(rf'({NUMBER}),({NUMBER})', square))
+    assert reach[4.] < 2 < 4 < reach[None]
+
+
+def brightness(line):
+    return sum(map(int, re.findall(r'\d+', COLOR.search(line)[0])))
+
+
+def test_the_model_draws_near_the_picture():
+    image = load('svg_48x48')[0]['image']
+    model = timm_spot.RasterToVector()
+    assert model(image) == timm_spot.vectorize(image, model.tokenizer, smoothing=1, stroke=0.5, longest_edge=4.)
+    assert 'stroke-width="1.0"' in timm_spot.RasterToVector(stroke=1.)(image)[0]
+
+
 @pytest.mark.parametrize('options, match', [
     (dict(smoothing=0), 'smoothing=0'), (dict(patch_size=0), 'patch_size=0'), (dict(tolerance=-1), 'tolerance=-1'),
-    (dict(target=0), 'target=0')])
+    (dict(target=0), 'target=0'), (dict(longest_edge=0.), 'longest_edge=0.0')])
 def test_wrong_options(tokenizer, options, match):
     with pytest.raises(ValueError, match=match):
         timm_spot.vectorize(torch.zeros(1, 3, 8, 8), tokenizer, **options)

@@ -24,6 +24,7 @@ from .tasks import predict as prediction
 from .tasks.objectives import OBJECTIVES
 from .tasks.oracle_run import open_dataset, run_oracle
 from .tasks.saliency_maps import choose_prior
+from .tasks.vectorize import CLOSE, RasterToVector, read_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -447,9 +448,12 @@ def draw(
               help='Shrink pictures whose longer side exceeds this.')
 @click.option('--regions', type=click.IntRange(min=1), help='About how many; by default sqrt(height * width).')
 @click.option('--tolerance', type=float, default=0.1, show_default=True, help='More leaves out more detail.')
-@click.option('--smoothing', type=int, default=1, show_default=True,
+@click.option('--smoothing', type=int, default=CLOSE['smoothing'], show_default=True,
               help='How often corners are rounded: 2 looks drawn, 1 is nearer to the picture.')
-@click.option('--stroke', type=float, default=0.5, show_default=True, help='Width of the lines that close gaps, in px.')
+@click.option('--stroke', type=float, default=CLOSE['stroke'], show_default=True,
+              help='Width of the lines that close gaps, in px.')
+@click.option('--longest-edge', type=float, default=CLOSE['longest_edge'], show_default=True,
+              help='Split straight borders into pieces of so many px: less keeps corners sharper, in larger files.')
 @click.option('--background/--no-background', default=True, show_default=True)
 def vectorize(
         images: Tuple[str, ...],
@@ -459,15 +463,14 @@ def vectorize(
         tolerance: float,
         smoothing: int,
         stroke: float,
+        longest_edge: float,
         background: bool,
 ) -> None:
     """Draw IMAGES (files, folders, globs) as SVG: a path of smooth curves for each region."""
-    from .tasks.vectorize import RasterToVector, read_picture
-
     with clean_errors():
         files = prediction.find_images(images)
         model = RasterToVector(
-            target=regions, tolerance=tolerance, smoothing=smoothing, stroke=stroke,
+            target=regions, tolerance=tolerance, smoothing=smoothing, stroke=stroke, longest_edge=longest_edge,
             patch_size=32 if background else None)
         out.mkdir(parents=True, exist_ok=True)
         for file in files:
