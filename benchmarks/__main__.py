@@ -28,7 +28,7 @@ SECTIONS = ('tokenizer', 'model', 'oracle', 'files', 'large')
 @click.option('--out', type=click.Path(path_type=Path, file_okay=False), default=Path(__file__).parent,
               show_default=True, help='Folder of RESULTS.md, results.json and the plot.')
 @click.option('--threads', default=2, show_default=True)
-@click.option('--seconds', default=10., show_default=True, help='For one comparison, two rounds at least.')
+@click.option('--seconds', default=10., show_default=True, help='For one comparison, six rounds at least.')
 @click.option('--quick', is_flag=True, help='Models of two blocks: does it run? Its figures mean nothing.')
 @click.option('--device', default='cpu', show_default=True)
 @click.option('--tome', default='', help="Folder of a clone of facebookresearch/ToMe, for ToMe's rows.")

@@ -1,16 +1,17 @@
-"""What takes long to measure: batches of 64, and compiled models.
+"""What takes long to measure: compiled models, and batches of 64.
 
     python -m benchmarks large
 """
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import timm
 import torch
 
-from .measure import Config, Section, alternate, milliseconds
-from .model import BATCH, BUDGETS, against_the_limit
+from .measure import Config, Section, alternate
+from .model import BATCH, BUDGETS, against_the_limit, peak_memory
 from .references import BASE, BareEncoder
 
 LARGE_BATCH = 64
@@ -22,6 +23,7 @@ def run(config: Config) -> Section:
     with torch.inference_mode():
         _compiled(section, config, model)
         against_the_limit(section, config, model, [(torch.float32, LARGE_BATCH, n) for n in BUDGETS])
+    peak_memory(section, config, [(LARGE_BATCH, n) for n in BUDGETS])
     return section
 
 
@@ -29,14 +31,15 @@ def _compiled(section: Section, config: Config, model: torch.nn.Module) -> None:
     if not shutil.which('g++'):
         section.remarks.append('Compiled models were not measured: torch.compile needs g++ on a CPU.')
         return
-    model.set_placement(n_tokens=25)
-    images = torch.randn(BATCH, 3, 224, 224, device=config.device)
-    tokens, bare = model.patch_embed(images), BareEncoder(model)
-    compiled = torch.compile(model, fullgraph=True)
-    compiled_bare = torch.compile(bare, fullgraph=True)
-    compiled(images), compiled_bare(tokens)
-    t = alternate({
-        'timm_spot, eager': lambda: model(images), 'timm_spot, compiled': lambda: compiled(images),
-        'bare encoder, eager': lambda: bare(tokens), 'bare encoder, compiled': lambda: compiled_bare(tokens)}, config)
-    rows = section.table(f'torch.compile(fullgraph=True), float32, batch {BATCH}, 25 tokens', 'model', 'ms', 'images/s')
-    rows += [[name, milliseconds(s), f'{BATCH / s:.1f}'] for name, s in t.items()]
+    rows = section.table(
+        'torch.compile(fullgraph=True), float32, images/s', 'batch', 'tokens', 'timm_spot, eager',
+        'timm_spot, compiled', 'bare encoder, eager', 'bare encoder, compiled')
+    for batch, n in ((1, 25), (BATCH, 25), (BATCH, 196)):
+        torch.compiler.reset()  # one program for each shape, none for sizes that change
+        model.set_placement(n_tokens=n)
+        images = torch.randn(batch, 3, 224, 224, device=config.device)
+        tokens, bare = model.patch_embed(images), BareEncoder(model)
+        calls = {'ours': (model, images), 'ours, compiled': (torch.compile(model, fullgraph=True), images),
+                 'bare': (bare, tokens), 'bare, compiled': (torch.compile(bare, fullgraph=True), tokens)}
+        t = alternate({name: partial(f, x) for name, (f, x) in calls.items()}, config)
+        rows.append([str(batch), str(n), *(f'{batch / seconds:.1f}' for seconds in t.values())])

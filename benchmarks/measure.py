@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import multiprocessing
 import platform
+import random
 import re
 import statistics
 import time
@@ -51,16 +52,19 @@ class Section:
 
 
 def alternate(calls: Dict[str, Callable[[], Any]], config: Config, rounds: int = 30) -> Dict[str, float]:
-    """Median seconds of each call. They are called in turn, so that other load on the machine meets them alike.
+    """Median seconds of each call.
 
-    The first round warms up; then at least six rounds, and more until `rounds` or the time of the config is reached.
+    They are called in turn, so that other load on the machine meets them alike, in another order each round: what ran
+    before leaves caches and the heap in a state that can cost the next call several percent. The first round warms up;
+    then at least six rounds, and more until `rounds` or the time of the config is reached.
     """
     times: Dict[str, List[float]] = {name: [] for name in calls}
+    order = random.Random(0)
     begin = time.perf_counter()
     for done in range(rounds + 1):
-        for name, call in calls.items():
+        for name in order.sample(list(calls), len(calls)):
             start = now(config.device)
-            call()
+            calls[name]()
             if done:
                 times[name].append(now(config.device) - start)
         if done >= 6 and time.perf_counter() - begin > config.seconds:

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner
+from timm.utils.onnx import onnx_export
 
 import timm_spot
 from timm_spot.cli import main
@@ -32,6 +33,16 @@ def test_written_file_answers_as_the_model(model, tmp_path, name, positions_as_i
     else:
         answer = torch.export.load(path).module()(*inputs.values())
     torch.testing.assert_close(answer, model(*inputs.values()), rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore::DeprecationWarning')  # of timm's exporter
+@pytest.mark.parametrize('use_dynamo', [False, True])
+def test_timm_s_own_onnx_export(model, tmp_path, use_dynamo):
+    # Without --dynamo timm's onnx_export.py traces: sizes are tensors then, and aten::threshold has no counterpart.
+    onnx_export(model, str(tmp_path / 'model.onnx'), use_dynamo=use_dynamo, input_size=(3, 64, 64))
+    images = torch.randn(3, 3, 64, 64)
+    answer = onnxruntime.InferenceSession(tmp_path / 'model.onnx').run(None, {'input0': images.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(answer), model(images), rtol=0, atol=1e-4)
 
 
 def test_a_file_that_answers_differently_is_an_error(model, tmp_path, monkeypatch):

@@ -340,9 +340,10 @@ def _budget(n_tokens: Optional[int], window: int, image_size: Tuple[int, int]) -
 
 
 def _place(embed: SubpixelEmbed, images: torch.Tensor, name: str, n_tokens: Optional[int]) -> torch.Tensor:
-    B, _, H, W = images.shape
+    B = images.shape[0]
+    size = int(images.shape[-2]), int(images.shape[-1])  # tensors under torch.jit.trace
     sampler = get_sampler(name)
-    n_tokens, size, device = _budget(n_tokens, embed.window, (H, W)), (H, W), images.device
+    n_tokens, device = _budget(n_tokens, embed.window, size), images.device
     if 'saliency' in sampler.keywords:
         maps = compute_saliency(embed.saliency, normalize_bytes(images, embed.mean, embed.std))
         generator = None if embed.training else torch.Generator().manual_seed(embed.seed)
