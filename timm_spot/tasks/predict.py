@@ -54,13 +54,13 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     Raises:
         ValueError: Its values are 32-bit integers or floating point, of which nobody knows what is white.
     """
+    if picture.mode.startswith('I;16') or (picture.mode == 'I' and picture.format == 'PNG'):  # the latter in older PIL
+        # PIL's own conversion makes everything from 255 of 65,535 white.
+        picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
     if picture.mode in ('I', 'F'):
         raise ValueError(
             f'its pixels have 32 bits (mode {picture.mode}), which do not say what is black and what is white: '
             'save it with 8 or 16 bits')
-    if picture.mode.startswith('I;16'):
-        # PIL's own conversion makes everything from 255 of 65,535 white.
-        picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
     if 'transparency' in picture.info:
         picture = picture.convert('RGBA')  # PIL warns of a direct conversion
     return picture.convert('RGB')
