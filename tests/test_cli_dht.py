@@ -58,6 +58,14 @@ def test_vectorize(model, tmp_path):
     assert root.attrib == dict(width='32', height='32')
 
 
+def test_vectorize_overwrites_none_of_its_own(tmp_path):
+    for name in ('a.png', 'a.bmp'):
+        Image.new('RGB', (8, 8)).save(tmp_path / name)
+    result = run('vectorize', tmp_path, '--out', tmp_path / 'svg')
+    assert result.exit_code == 1 and 'would both be' in result.output
+    assert not (tmp_path / 'svg').exists()
+
+
 def test_models_lists_them():
     lines = {line.split('  ')[0]: line for line in run('models').output.splitlines()}
     assert 'dht_vit_base_patch16_in1k' in lines

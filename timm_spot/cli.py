@@ -469,6 +469,10 @@ def vectorize(
     """Draw IMAGES (files, folders, globs) as SVG: a path of smooth curves for each region."""
     with clean_errors():
         files = prediction.find_images(images)
+        by_stem = {file.stem: file for file in files}
+        for file in files:
+            if by_stem[file.stem] != file:
+                raise ValueError(f'{file} and {by_stem[file.stem]} would both be {out / file.stem}.svg: rename one.')
         model = RasterToVector(
             target=regions, tolerance=tolerance, smoothing=smoothing, stroke=stroke, longest_edge=longest_edge,
             patch_size=32 if background else None)
