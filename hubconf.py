@@ -30,7 +30,7 @@ def _entrypoint(name: str) -> _typing.Callable[..., _nn.Module]:
 def dht_ras2vec(pretrained: bool = True, **kwargs: _typing.Any) -> _nn.Module:
     """Raster to vector: `model(images)` gives a list of SVG files, as text, for images normalised as ImageNet's.
 
-    Takes the keywords of timm_spot.RasterToVector: target=, smooth=, detail=, background=, ...
+    Takes the keywords of timm_spot.vectorize: target=, smoothing=, tolerance=, longest_edge=, stroke=, patch_size=.
     """
     import timm_spot
 

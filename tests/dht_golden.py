@@ -7,17 +7,22 @@ from typing import Any, Dict, Tuple
 
 import torch
 from safetensors import safe_open
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import timm_spot
 
 DATA = Path(__file__).parent / 'data' / 'dht'
-MAIN = ('released_64x64', 'released_50x67', 'random_64x64')
+MAIN = ('released_64x64', 'released_96x128', 'released_50x67', 'random_64x64')
+_MEAN, _STD = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
 
 
 def load(name: str) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
-    """Tensors and settings of one file."""
+    """Tensors and settings of one file, its images normalised."""
     with safe_open(DATA / f'{name}.safetensors', 'pt') as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()['config'])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        config = json.loads(file.metadata()['config'])
+    return {k: (v / 255 - _MEAN) / _STD if k.endswith('image') and v.dtype == torch.uint8 else v
+            for k, v in tensors.items()}, config
 
 
 def tokenizer_settings(config: Dict[str, Any]) -> Dict[str, Any]:

@@ -127,6 +127,27 @@ def test_maps(tiny, images):
     assert [f.shape for f in model(images)] == [(3, 32, 4, 4)] * 2
 
 
+def test_prune_intermediate_layers(tiny, images):
+    """What timm's own test of it asks for, which takes features for one tensor."""
+    with torch.no_grad():
+        logits = tiny(images)
+        (maps,), (tokens,) = (
+            tiny.forward_intermediates(images, indices=[0], intermediates_only=True, output_fmt=fmt)
+            for fmt in ('NCHW', 'NLC'))
+        whole = copy.deepcopy(tiny)
+        whole.prune_intermediate_layers([1], prune_head=False)
+        assert torch.equal(whole(images), logits)
+        pruned = copy.deepcopy(tiny)
+        assert pruned.prune_intermediate_layers([0], prune_norm=True) == [0] and len(pruned.blocks) == 1
+        assert torch.equal(pruned.forward_intermediates(images, indices=[0], intermediates_only=True)[0], maps)
+        features = pruned.forward_features(images)
+        assert torch.equal(features.tokens[:, 1:], tokens)  # without the norm they end at the tap
+        assert torch.equal(pruned(images), features.tokens)  # nothing pools them
+    pruned.train()
+    pruned.forward_features(images).tokens.sum().backward()
+    assert [name for name, p in pruned.named_parameters() if p.grad is None] == []
+
+
 def test_checkpointing_gives_the_same_gradients(tiny, images):
     other = copy.deepcopy(tiny)
     other.set_grad_checkpointing()

@@ -31,9 +31,10 @@ def test_golden(name):
     model = make_model(
         tensors, config, depth=1, num_heads=2, normalize_windows=config['normalize_interpolation'])
     features, _ = model._embed(tensors['image'])
-    vectors = torch.cat([
-        v.flatten(1) for v in model.patch_embed.region_vectors(features.regions) if v is not None], dim=1)
-    torch.testing.assert_close(vectors, tensors['extractor/features'], atol=1e-4, rtol=0)
+    if 'extractor/features' in tensors:
+        vectors = torch.cat([
+            v.flatten(1) for v in model.patch_embed.region_vectors(features.regions) if v is not None], dim=1)
+        torch.testing.assert_close(vectors, tensors['extractor/features'], atol=1e-4, rtol=0)
     if 'extractor/masks' in tensors:
         regions = features.regions
         masks = region_windows(regions.injected, regions.segmentation, regions.boxes, regions.image, 8)[1]

@@ -9,9 +9,13 @@ from dht_golden import MAIN, load, make_tokenizer, same_partition
 @torch.no_grad()
 def test_golden_levels(name):
     tensors, _ = load(name)
-    features = tensors['pixel_features'].permute(0, 3, 1, 2)
+    tokenizer = make_tokenizer(name)
+    if 'pixel_features' in tensors:
+        features = tensors['pixel_features'].permute(0, 3, 1, 2)
+    else:
+        features = tokenizer.conv(tensors['image'])
     B, _, H, W = features.shape
-    hierarchy = make_tokenizer(name).build(features)
+    hierarchy = tokenizer.build(features)
     partitions = hierarchy.segmentations((B, H, W))
     for i in range(B):
         counts = tensors[f'img{i}/vertex_counts'].tolist()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from dht_golden import load
 
-from timm_spot.ops.outlines import fit_cubics, round_corners, simplify, trace_outlines
+from timm_spot.ops.outlines import fit_cubics, round_corners, simplify, split_edges, trace_outlines
 
 
 def test_golden_stages():
@@ -44,7 +44,18 @@ def test_a_region_that_touches_itself_is_one_outline():
     assert sorted(set(ids.tolist())) == [0, 1, 2, 3]
 
 
+def test_long_edges_are_split():
+    square = np.array([0, 0, 0, 1, 1, 1]), np.array([[0., 0], [0, 6], [3, 0], [1, 1], [2, 1], [1, 2]])
+    ids, points = split_edges(square, 3.)
+    diagonal = [[3 * i / 3, 6 - 6 * i / 3] for i in range(3)]  # 6.7 long: three pieces
+    assert ids.tolist() == [0] * 6 + [1] * 3
+    np.testing.assert_allclose(points[:6], [[0, 0], [0, 3], *diagonal, [3, 0]])
+    np.testing.assert_array_equal(points[6:], square[1][3:])
+    for a, b in zip(square, split_edges(square, np.inf)):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_nothing_left():
     empty = simplify(trace_outlines(np.array([[0]])), 9.)
     assert len(empty[0]) == 0
-    assert len(fit_cubics(round_corners(empty))[0]) == 0
+    assert len(fit_cubics(split_edges(round_corners(empty), 1.))[0]) == 0

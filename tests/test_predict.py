@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 
-from timm_spot.tasks.predict import class_names, denormalize, find_images, load_image, model_transform, predict
+from timm_spot.tasks.predict import class_names, denormalize, find_images, load_image, model_transform, predict, to_rgb
 
 
 @pytest.fixture
@@ -44,6 +45,45 @@ def test_no_picture_and_damaged_picture(folder, pico):
     (folder / 'a.jpg').write_bytes(whole[:len(whole) // 2])
     with pytest.raises(ValueError, match=r'a\.jpg is damaged'):
         load_image(folder / 'a.jpg', transform)
+
+
+def test_sixteen_bits_are_scaled_down(tmp_path):
+    """PIL's own conversion makes everything from 255 of 65,535 white."""
+    deep = np.array([[0, 257, 32896], [25700, 65278, 65535]], dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / 'deep.png')
+    loaded = load_image(tmp_path / 'deep.png', np.asarray)
+    expected = [[[v] * 3 for v in row] for row in ([0, 1, 128], [100, 254, 255])]
+    assert loaded.tolist() == expected
+    older = Image.fromarray(deep.astype(np.int32))
+    older.format = 'PNG'  # as older versions of PIL open the same file
+    assert np.asarray(to_rgb(older)).tolist() == expected
+
+
+def indexed(index, transparency):
+    picture = Image.new('P', (2, 2), index)
+    picture.putpalette([9, 8, 7, 3, 2, 1])
+    picture.info['transparency'] = transparency
+    return picture
+
+
+@pytest.mark.parametrize('picture, expected', [
+    (Image.new('1', (2, 2), 1), (255, 255, 255)),
+    (Image.new('L', (2, 2), 7), (7, 7, 7)),
+    (Image.new('LA', (2, 2), (7, 0)), (7, 7, 7)),
+    (Image.new('RGBA', (2, 2), (9, 8, 7, 0)), (9, 8, 7)),
+    (indexed(1, bytes([0, 128])), (3, 2, 1)),
+    (indexed(0, 0), (9, 8, 7)),
+    (Image.new('CMYK', (2, 2), (0, 0, 0, 255)), (0, 0, 0)),
+])
+def test_every_mode_becomes_rgb(picture, expected):
+    assert to_rgb(picture).getpixel((1, 1)) == expected
+
+
+@pytest.mark.parametrize('dtype', [np.int32, np.float32])
+def test_values_of_unknown_range_are_refused(tmp_path, dtype, pico):
+    Image.fromarray(np.full((70, 70), 9, dtype)).save(tmp_path / 'depth.tiff')
+    with pytest.raises(ValueError, match=r'depth\.tiff cannot be used: its pixels have 32 bits'):
+        load_image(tmp_path / 'depth.tiff', model_transform(pico))
 
 
 def test_transform_is_that_of_the_model(folder, pico):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -30,6 +31,39 @@ def test_well_formed_and_one_by_one(tokenizer):
     assert {child.tag.split('}')[1] for child in root} == {'path'}
 
 
+NUMBER = r'-?\d+\.\d{3}'
+PATH = re.compile(rf'M {NUMBER},{NUMBER}( C {NUMBER},{NUMBER} {NUMBER},{NUMBER} {NUMBER},{NUMBER})+ Z')
+COLOR = re.compile(r'rgb\(\d{1,3},\d{1,3},\d{1,3}\)')
+BOARD = ((torch.arange(12)[:, None] + torch.arange(12)) % 2).float().expand(1, 3, -1, -1)
+
+
+@pytest.mark.parametrize('image', [
+    torch.full((1, 3, 40, 40), 0.3), BOARD, 4 * BOARD - 2, torch.randn(1, 3, 1, 50), torch.randn(1, 3, 50, 1),
+    torch.randn(1, 3, 1, 1), torch.randn(1, 3, 2, 3)], ids=lambda image: 'x'.join(map(str, image.shape[2:])))
+def test_unusual_images_give_strict_svg(tokenizer, image):
+    svg, = timm_spot.vectorize(image, tokenizer)
+    root = ET.fromstring(svg)
+    H, W = image.shape[-2:]
+    assert root.attrib == dict(width=str(W), height=str(H))
+    rects = [e.attrib for e in root if e.tag.endswith('rect')]
+    assert sum(int(r['width']) * int(r['height']) for r in rects) == H * W  # the background leaves nothing out
+    for path in (e.attrib for e in root if e.tag.endswith('path')):
+        assert PATH.fullmatch(path['d']) and COLOR.fullmatch(path['fill']) and path['stroke'] == path['fill']
+        x, y = torch.tensor([float(v) for v in re.findall(NUMBER, path['d'])]).view(-1, 2)[::3].T  # ends of the curves
+        assert 0 <= x.min() and x.max() <= W and 0 <= y.min() and y.max() <= H
+
+
+def test_what_lies_in_a_hole_is_painted_over_it(tokenizer):
+    """A ring's outline is filled whole; the disc inside comes later in the file and stays visible."""
+    y, x = torch.meshgrid(torch.arange(48) - 23.5, torch.arange(48) - 23.5, indexing='ij')
+    radius = (y ** 2 + x ** 2).sqrt()
+    image = torch.where((radius > 8) & (radius < 18), 2., -1.8).expand(1, 3, -1, -1)
+    svg, = timm_spot.vectorize(image, tokenizer, patch_size=None)
+    fills = [int(COLOR.search(line)[0][4:].split(',')[0]) for line in svg.splitlines() if line.startswith('<path')]
+    ring, inside = fills.index(max(fills)), len(fills) - 1 - fills[::-1].index(min(fills))
+    assert ring < inside
+
+
 def test_options(tokenizer):
     image = load('svg_48x48')[0]['image']
     curves = {
@@ -41,9 +75,33 @@ def test_options(tokenizer):
     assert 'stroke-width="0.5"' in timm_spot.vectorize(image, tokenizer, stroke=0.5)[0]
 
 
+def test_long_borders_stay_where_they_are(tokenizer):
+    """The cut corner of a long edge: a square of 40 px keeps its corners within two pixels."""
+    image = torch.full((1, 3, 64, 64), -1.8)
+    image[..., 12:52, 12:52] = 2.
+    reach = {}
+    for longest in (None, 4.):
+        svg, = timm_spot.vectorize(image, tokenizer, smoothing=1, longest_edge=longest)
+        square = max((line for line in svg.splitlines() if line.startswith('<path')), key=brightness)
+        reach[longest] = min(
+            abs(float(y) - 12) + abs(float(x) - 12) for x, y in re.findall(rf'({NUMBER}),({NUMBER})', square))
+    assert reach[4.] < 2 < 4 < reach[None]
+
+
+def brightness(line):
+    return sum(map(int, re.findall(r'\d+', COLOR.search(line)[0])))
+
+
+def test_the_model_draws_near_the_picture():
+    image = load('svg_48x48')[0]['image']
+    model = timm_spot.RasterToVector()
+    assert model(image) == timm_spot.vectorize(image, model.tokenizer, smoothing=1, stroke=0.5, longest_edge=4.)
+    assert 'stroke-width="1.0"' in timm_spot.RasterToVector(stroke=1.)(image)[0]
+
+
 @pytest.mark.parametrize('options, match', [
     (dict(smoothing=0), 'smoothing=0'), (dict(patch_size=0), 'patch_size=0'), (dict(tolerance=-1), 'tolerance=-1'),
-    (dict(target=0), 'target=0')])
+    (dict(target=0), 'target=0'), (dict(longest_edge=0.), 'longest_edge=0.0')])
 def test_wrong_options(tokenizer, options, match):
     with pytest.raises(ValueError, match=match):
         timm_spot.vectorize(torch.zeros(1, 3, 8, 8), tokenizer, **options)

@@ -24,6 +24,7 @@ from .tasks import predict as prediction
 from .tasks.objectives import OBJECTIVES
 from .tasks.oracle_run import open_dataset, run_oracle
 from .tasks.saliency_maps import choose_prior
+from .tasks.vectorize import CLOSE, RasterToVector, read_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,9 +65,22 @@ def create_any_model(name: str, weights: Optional[str] = None, **kwargs: Any) ->
 def create_model(name: str, weights: Optional[str] = None, **kwargs: Any) -> nn.Module:
     """A model of ours, see `create_any_model`; an error for any other."""
     model = create_any_model(name, weights, **kwargs)
-    if not isinstance(model, (timm_spot.models.SubpixelVisionTransformer, timm_spot.models.DhtVisionTransformer)):
+    if not isinstance(model, timm_spot.models.SubpixelVisionTransformer) and not _is_dht(model):
         raise ValueError(f'{name} is no model of timm_spot: `timm-spot models` lists those that are.')
     return model
+
+
+def create_subpixel_model(name: str, weights: Optional[str] = None, **kwargs: Any) -> nn.Module:
+    """A model of ours that places its tokens; an error for a dHT model."""
+    model = create_model(name, weights, **kwargs)
+    if _is_dht(model):
+        raise ValueError(
+            f'{name} is a dHT model, whose tokens are regions that it finds itself: this command is for subpixel ViTs.')
+    return model
+
+
+def _is_dht(model: nn.Module) -> bool:
+    return isinstance(model, timm_spot.models.DhtVisionTransformer)
 
 
 saliency_option = click.option(
@@ -139,10 +153,6 @@ def predict(
 
 def _picture_path(path: Path, file: Path, n_files: int) -> Path:
     return path if n_files == 1 else path.with_name(f'{path.stem}-{file.stem}.png')
-
-
-def _is_dht(model: nn.Module) -> bool:
-    return isinstance(model, timm_spot.models.DhtVisionTransformer)
 
 
 def _choose_prior(
@@ -222,7 +232,7 @@ def oracle(
     DATA is a folder of pictures, or of a dataset that timm opens. A run that was killed goes on where it was.
     """
     with clean_errors():
-        model = create_model(name, weights, n_tokens=n_tokens).to(device)
+        model = create_subpixel_model(name, weights, n_tokens=n_tokens).to(device)
         dataset, labels = open_dataset(model, data, kind, split, class_map)
         if objective == 'label' and not labels:
             raise ValueError(
@@ -254,7 +264,7 @@ def models() -> None:
     rows = [('model', 'tag', 'parameters', 'weights')]
     for name in timm.list_models(_NAMES):
         parameters = sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
-        for tagged in timm.list_models(f'{name}.*', include_tags=True):
+        for tagged in timm.list_models(f'{name}.*', include_tags=True) or [name]:
             cfg = timm.get_pretrained_cfg(tagged)
             if cfg.hf_hub_id:
                 source = f'Hub: {cfg.hf_hub_id}'
@@ -264,7 +274,7 @@ def models() -> None:
                 source = 'none'
             else:
                 source = f"the authors' file, see {cfg.origin_url}"
-            rows.append((name, cfg.tag, f'{parameters / 1e6:.1f} M', source))
+            rows.append((name, cfg.tag or '', f'{parameters / 1e6:.1f} M', source))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
         click.echo('  '.join(cell.ljust(width) for cell, width in zip(row, widths)) + '  ' + row[3])
@@ -302,7 +312,7 @@ def export(name: str, out: Path, weights: Optional[str], n_tokens: Optional[int]
     from .tasks.export import export_model
 
     with clean_errors():
-        difference = export_model(create_model(name, weights, n_tokens=n_tokens), out, positions_as_input)
+        difference = export_model(create_subpixel_model(name, weights, n_tokens=n_tokens), out, positions_as_input)
     click.echo(f'{out} ({out.stat().st_size / 1e6:.1f} MB), largest difference to the model {difference:.1g}')
 
 
@@ -439,9 +449,12 @@ def draw(
               help='Shrink pictures whose longer side exceeds this.')
 @click.option('--regions', type=click.IntRange(min=1), help='About how many; by default sqrt(height * width).')
 @click.option('--tolerance', type=float, default=0.1, show_default=True, help='More leaves out more detail.')
-@click.option('--smoothing', type=int, default=1, show_default=True,
+@click.option('--smoothing', type=int, default=CLOSE['smoothing'], show_default=True,
               help='How often corners are rounded: 2 looks drawn, 1 is nearer to the picture.')
-@click.option('--stroke', type=float, default=0.5, show_default=True, help='Width of the lines that close gaps, in px.')
+@click.option('--stroke', type=float, default=CLOSE['stroke'], show_default=True,
+              help='Width of the lines that close gaps, in px.')
+@click.option('--longest-edge', type=float, default=CLOSE['longest_edge'], show_default=True,
+              help='Split straight borders into pieces of so many px: less keeps corners sharper, in larger files.')
 @click.option('--background/--no-background', default=True, show_default=True)
 def vectorize(
         images: Tuple[str, ...],
@@ -451,15 +464,18 @@ def vectorize(
         tolerance: float,
         smoothing: int,
         stroke: float,
+        longest_edge: float,
         background: bool,
 ) -> None:
     """Draw IMAGES (files, folders, globs) as SVG: a path of smooth curves for each region."""
-    from .tasks.vectorize import RasterToVector, read_picture
-
     with clean_errors():
         files = prediction.find_images(images)
+        by_stem = {file.stem: file for file in files}
+        for file in files:
+            if by_stem[file.stem] != file:
+                raise ValueError(f'{file} and {by_stem[file.stem]} would both be {out / file.stem}.svg: rename one.')
         model = RasterToVector(
-            target=regions, tolerance=tolerance, smoothing=smoothing, stroke=stroke,
+            target=regions, tolerance=tolerance, smoothing=smoothing, stroke=stroke, longest_edge=longest_edge,
             patch_size=32 if background else None)
         out.mkdir(parents=True, exist_ok=True)
         for file in files:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import torch
@@ -22,6 +23,7 @@ from timm.models import (
     get_pretrained_cfg,
     register_model,
 )
+from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
 from timm.models._pretrained import PretrainedCfg
@@ -29,6 +31,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .dht_checkpoint import checkpoint_filter_fn
+from .download import check_download
 from .hierarchical_embed import HierarchicalEmbed
 from .hierarchical_tokenizer import Regions
 
@@ -283,7 +286,6 @@ def _from_authors() -> PretrainedCfg:
         interpolation='bicubic',
         first_conv='patch_embed.proj',
         classifier='head',
-        origin_url='https://github.com/dsb-ifi/dHT',
         paper_ids='arXiv:2511.02652',
     )
 
@@ -303,11 +305,23 @@ default_cfgs = generate_default_cfgs({
 
 def _create_dht_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> DhtVisionTransformer:
     defaults = dict(pre_norm=True, init_values=0.1, norm_layer=partial(nn.LayerNorm, eps=1e-5))
+    cfg = resolve_pretrained_cfg(
+        variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
+    if pretrained:
+        if not (cfg.has_weights or cfg.state_dict):
+            name = f'{variant}.{cfg.tag}' if cfg.tag else variant
+            raise RuntimeError(
+                f'{name} has no pretrained weights (the authors have published no classifier): use pretrained=False, '
+                'or pretrained_cfg_overlay=dict(file=PATH), on the command line --weights PATH.')
+        if cfg.file and not Path(cfg.file).exists():
+            raise FileNotFoundError(f'{cfg.file} does not exist.')
+        check_download(cfg, kwargs.get('cache_dir'))
     out_indices = kwargs.pop('out_indices', 3)
     return build_model_with_cfg(
         DhtVisionTransformer,
         variant,
         pretrained,
+        pretrained_cfg=cfg,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **{**defaults, **kwargs},

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .digits import draw_canvases, load_digits
+from .predict import to_rgb
 from .processes import Processes
 
 DIGITS = 'digits'
@@ -90,12 +91,12 @@ class Pictures(Dataset):
         reader = getattr(self.dataset, 'reader', None)
         if reader is None:
             picture, label = self.dataset[index]
-            return picture.convert('RGB'), label
+            return to_rgb(picture), label
         try:
             file, label = reader[index][:2]
             with file, Image.open(file) as picture:
-                return picture.convert('RGB'), label
-        except (OSError, SyntaxError) as e:  # PIL raises SyntaxError for broken PNG
+                return to_rgb(picture), label
+        except (OSError, SyntaxError, ValueError) as e:  # PIL raises SyntaxError for broken PNG
             raise ValueError(f'{self.name(index)} is no picture that can be read: {e}.') from e
 
     def name(self, index: int) -> str:
@@ -249,7 +250,7 @@ class Decoded:
     def _decode_stream(self, progress: Callable[[int], Any]) -> None:
         loaded: List[_Loaded] = []
         for i, (picture, label) in enumerate(self.pictures.dataset):
-            loaded.append(_Loaded(i, self.transform(picture.convert('RGB')), int(label), ''))
+            loaded.append(_Loaded(i, self.transform(to_rgb(picture)), int(label), ''))
             progress(1)
             if len(loaded) == self.batch_size:
                 self._write(self.count, loaded)

@@ -16,6 +16,7 @@ from PIL import Image
 from ..ops.saliency import spectral_residual
 from ..ops.samplers import sample_positions
 from ..ops.windows import sample_windows
+from .predict import to_rgb
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -429,7 +430,7 @@ def animate(
 def to_picture(image: Picture) -> np.ndarray:
     """Any image that `draw_placement` takes as a float array (H, W, 3) in [0, 1]."""
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert('RGB'), dtype=np.float32) / 255
+        return np.asarray(to_rgb(image), dtype=np.float32) / 255
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
             raise TypeError(f'image is an array of {image.dtype}, pass uint8 (or a tensor).')

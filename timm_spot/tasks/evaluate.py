@@ -17,12 +17,13 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from ..models.dht_vit import DhtVisionTransformer, TokenFeatures
 from ..models.spot_vit import SubpixelVisionTransformer
 from ..ops.samplers import get_sampler, sample_positions
 from . import prunings
@@ -39,6 +40,7 @@ from .saliency_maps import saliency_source
 
 BASELINES = ('patch-drop', 'low-res', 'top-k')
 AS_IT_IS = 'as it is'
+REGIONS = 'regions'
 RESULTS, SPEED = 'results.csv', 'speed.csv'
 KEY = (
     'data', 'data_sha', 'split', 'model', 'weights', 'sampler', 'n_tokens', *prunings.COLUMNS, 'seeds', 'saliency',
@@ -50,8 +52,10 @@ SPEED_COLUMNS = (*KEY, 'images_per_s')
 _PERCENT = ('top1', 'top5', 'ece', 'knn_top1')
 
 Row = Dict[str, str]
-# From normalised images, labels, their numbers in the data set and their files, for a seed, to tokens after the norm.
-Tokens = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[str], int], torch.Tensor]
+# From normalised images, labels, their numbers in the data set and their files, for a seed, to what `forward_head`
+# takes: tokens after the norm.
+Tokens = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, Sequence[str], int], Union[torch.Tensor, TokenFeatures]]
 
 
 @dataclasses.dataclass
@@ -94,9 +98,10 @@ def list_cells(
 ) -> List[Cell]:
     """The rows that an evaluation has, in order; nothing is computed yet.
 
-    Subpixel ViTs have a row for each sampler and budget; VisionTransformers, subpixel or not, one for each baseline and
-    budget; models that are not subpixel one as they are. Where tokens are dropped (`scorers`, or a model that does it
-    by itself), each of these but the baselines is a row for each scorer and keep rate.
+    Subpixel ViTs have a row for each sampler and budget; dHT models, whose tokens are regions, one for each budget;
+    other VisionTransformers, and subpixel ones, one for each baseline and budget; models that have no budget one as
+    they are. Where tokens are dropped (`scorers`, or a model that does it by itself), each of these but the baselines
+    is a row for each scorer and keep rate.
 
     Raises:
         ValueError: Something unknown, or that a model or its image size does not allow.
@@ -169,6 +174,10 @@ def list_cells(
                         f'oracle {oracle}', n,
                         partial(_searched, init=oracle, n_tokens=n, read_maps=read_maps, amp=amp), stochastic,
                         saliency=saliency if maps else '', knn='')
+        elif isinstance(model, DhtVisionTransformer):
+            for n in budgets:
+                add(REGIONS, n, _merged(model, n), False)
+            continue
         else:
             n_patches = model.patch_embed.num_patches if isinstance(model, VisionTransformer) else None
             add_each(AS_IT_IS, n_patches, _as_it_is, False)
@@ -204,6 +213,14 @@ def _searched(model: nn.Module, init: str, n_tokens: int, read_maps: Callable, a
         found = optimize_positions(
             model, images, labels, init=start, record=False, amp_dtype=getattr(torch, amp) if amp else None)
         return model.forward_features(images, found.positions)
+
+    return tokens
+
+
+def _merged(model: nn.Module, n_tokens: int) -> Tokens:
+    def tokens(images: torch.Tensor, *_: Any) -> TokenFeatures:
+        model.patch_embed.set_budget(n_tokens)
+        return model.forward_features(images)
 
     return tokens
 

@@ -5,6 +5,7 @@ import glob
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Sequence
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
@@ -47,15 +48,37 @@ def model_transform(model: nn.Module) -> Callable[[Image.Image], torch.Tensor]:
     return create_transform(**resolve_model_data_config(model), is_training=False)
 
 
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A picture of any mode in 8-bit RGB: grey three times, 16 bits scaled down, transparency left out, as timm does.
+
+    Raises:
+        ValueError: Its values are 32-bit integers or floating point, of which nobody knows what is white.
+    """
+    if picture.mode.startswith('I;16') or (picture.mode == 'I' and picture.format == 'PNG'):  # the latter in older PIL
+        # PIL's own conversion makes everything from 255 of 65,535 white.
+        picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+    if picture.mode in ('I', 'F'):
+        raise ValueError(
+            f'its pixels have 32 bits (mode {picture.mode}), which do not say what is black and what is white: '
+            'save it with 8 or 16 bits')
+    if 'transparency' in picture.info:
+        picture = picture.convert('RGBA')  # PIL warns of a direct conversion
+    return picture.convert('RGB')
+
+
 def load_image(path: Path, transform: Callable[[Image.Image], torch.Tensor]) -> torch.Tensor:
     """Read one picture as (C, H, W).
 
     Raises:
-        ValueError: The file is no picture, or is damaged; names the file.
+        ValueError: The file is no picture, damaged, or of an unknown range; names the file.
     """
     try:
         with Image.open(path) as image:
-            return transform(image.convert('RGB'))
+            try:
+                picture = to_rgb(image)
+            except ValueError as e:
+                raise ValueError(f'{path} cannot be used: {e}.') from e
+            return transform(picture)
     except UnidentifiedImageError as e:
         raise ValueError(f'{path} is no picture that can be read.') from e
     except OSError as e:
