@@ -212,7 +212,7 @@ def test_the_default_model_has_the_scorer(tmp_path, monkeypatch, scorers, model)
     def stop(name):
         raise ValueError(f'asked for {name}')
 
-    monkeypatch.setattr('timm_spot.cli.create_any_model', stop)
+    monkeypatch.setattr('timm_spot.cli.evaluate.create_any_model', stop)
     result = CliRunner().invoke(main, ['evaluate', '--scorers', scorers, '--out', str(tmp_path)])
     assert f'asked for {model}\n' in result.output
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import torch
@@ -31,7 +30,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .dht_checkpoint import checkpoint_filter_fn
-from .download import check_download
+from .download import check_source
 from .hierarchical_embed import HierarchicalEmbed
 from .hierarchical_tokenizer import Regions
 
@@ -313,9 +312,7 @@ def _create_dht_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> Dh
             raise RuntimeError(
                 f'{name} has no pretrained weights (the authors have published no classifier): use pretrained=False, '
                 'or pretrained_cfg_overlay=dict(file=PATH), on the command line --weights PATH.')
-        if cfg.file and not Path(cfg.file).exists():
-            raise FileNotFoundError(f'{cfg.file} does not exist.')
-        check_download(cfg, kwargs.get('cache_dir'))
+        check_source(cfg, kwargs.get('cache_dir'))
     out_indices = kwargs.pop('out_indices', 3)
     return build_model_with_cfg(
         DhtVisionTransformer,

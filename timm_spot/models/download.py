@@ -1,4 +1,4 @@
-"""Check of downloads from the Hugging Face Hub, whose client compares sizes but no checksums."""
+"""Checks of where weights come from: above all of downloads, of which the Hub's client compares sizes only."""
 from __future__ import annotations
 
 import hashlib
@@ -13,19 +13,22 @@ from timm.models._hub import download_from_hf
 from timm.models._pretrained import PretrainedCfg
 
 
-def check_download(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = None) -> None:
-    """Download the weights that a config names on the Hub and compare them with the checksum that the Hub lists.
+def check_source(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = None) -> None:
+    """Make sure of the weights that a config names: a file that is there, a download as the Hub lists it.
 
-    The Hub's cache names a file by that SHA-256. Where the cache holds copies instead of links (Windows) nothing is
-    compared.
+    Weights on the Hub are downloaded and compared with the checksum that the Hub lists: its cache names a file by that
+    SHA-256. Where the cache holds copies instead of links (Windows) nothing is compared.
 
     Args:
-        cfg: Config; one that takes its weights from elsewhere passes.
+        cfg: Config; one that takes its weights from neither passes.
         cache_dir: Folder of the cache instead of the client's own.
 
     Raises:
-        OSError: The file is not the one that the Hub lists. It is removed from the cache.
+        FileNotFoundError: There is no such file.
+        OSError: The download is not the one that the Hub lists. It is removed from the cache.
     """
+    if cfg.file and not Path(cfg.file).exists():
+        raise FileNotFoundError(f'{cfg.file} does not exist.')
     source, location = _resolve_pretrained_source(vars(cfg))
     if source != 'hf-hub':
         return

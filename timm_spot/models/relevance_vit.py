@@ -19,7 +19,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 from .checkpoint import checkpoint_filter_fn
-from .download import check_download
+from .download import check_source
 from .retrofit import SOURCE_FIELDS, backbone_cfg
 from .sparsify import RelevanceSubpixelVisionTransformer, RelevanceVisionTransformer, sparsify_in_place
 from .spot_vit import (
@@ -76,7 +76,7 @@ def _create_relevance_vit(
     overlay = kwargs.pop('pretrained_cfg_overlay', None)
     cfg = resolve_pretrained_cfg(variant, kwargs.pop('pretrained_cfg', None), overlay)
     if pretrained:
-        check_download(cfg, kwargs.get('cache_dir'))
+        check_source(cfg, kwargs.get('cache_dir'))
     return build_model_with_cfg(
         model_cls,
         variant,
@@ -109,7 +109,7 @@ def relevance_vit(
     if not own_weights:
         cfg = backbone_cfg('relevance_vit', cfg, source['pretrained_cfg'])
         if pretrained:
-            check_download(cfg, cache_dir)
+            check_source(cfg, cache_dir)
     saved = {name: value for name, value in source.items() if name not in SOURCE_FIELDS}
     return _create_relevance_vit(
         'relevance_vit',

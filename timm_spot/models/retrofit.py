@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .checkpoint import fold_table
-from .download import check_download
+from .download import check_source
 from .spot_vit import (
     _PLACEMENT_FIELDS,
     SpotPretrainedCfg,
@@ -185,7 +185,7 @@ def spot_retrofit(
     if not own_weights:
         cfg = backbone_cfg('spot_retrofit', cfg, source['pretrained_cfg'], fixed_input_size=False)
         if pretrained:
-            check_download(cfg, cache_dir)
+            check_source(cfg, cache_dir)
 
     saved = {name: value for name, value in source.items() if name not in SOURCE_FIELDS}
     return _create_spot_vit(

@@ -32,7 +32,7 @@ from torch import nn
 
 from ..ops.samplers import lattice_shape
 from .checkpoint import checkpoint_filter_fn
-from .download import check_download
+from .download import check_source
 from .intermediates import Intermediates, format_intermediates
 from .subpixel_embed import Saliency, SubpixelEmbed
 
@@ -372,9 +372,7 @@ def _create_spot_vit(
             cfg = dataclasses.replace(cfg, hf_hub_id=f'{org}/{variant}.{cfg.tag}')
         if not (cfg.has_weights or cfg.state_dict):
             raise RuntimeError(_no_weights_message(variant, cfg))
-        if cfg.file and not Path(cfg.file).exists():
-            raise FileNotFoundError(f'{cfg.file} does not exist.')
-        check_download(cfg, kwargs.get('cache_dir'))
+        check_source(cfg, kwargs.get('cache_dir'))
 
     # Lowest to highest: the config, the model arguments saved beside it, the overlay, keywords.
     saved = kwargs.get('pretrained_model_args') or {}

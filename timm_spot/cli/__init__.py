@@ -1,0 +1,7 @@
+"""The `timm-spot` command: one thin sub-command for each task."""
+from __future__ import annotations
+
+from . import draw, evaluate, oracle, predict, weights
+from .common import main
+
+__all__ = ['draw', 'evaluate', 'main', 'oracle', 'predict', 'weights']

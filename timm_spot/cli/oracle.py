@@ -1,0 +1,83 @@
+"""`timm-spot oracle`."""
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, List, Optional
+
+import click
+import torch
+
+from ..tasks.objectives import OBJECTIVES
+from ..tasks.oracle_run import open_dataset, run_oracle
+from .common import BATCH_SIZE, DEFAULT_MODEL, clean_errors, create_subpixel_model, main
+
+
+@main.command()
+@click.argument('data', type=click.Path())
+@click.option('--model', 'name', default=DEFAULT_MODEL, show_default=True, help='Name, hf-hub:ID or local-dir:PATH.')
+@click.option('--weights', type=click.Path(), help="Checkpoint: timm_spot's, the authors' or a timm ViT's.")
+@click.option('--dataset', 'kind', default='', help="timm's name of the dataset in DATA, such as torch/cifar10.")
+@click.option('--split', default='validation', show_default=True)
+@click.option('--class-map', default='', help="Names of the model's classes in order, one a line, for a folder.")
+@click.option('--n-tokens', type=int, help='Budget; by default that of the model.')
+@click.option('--init', default='isotropic', show_default=True, help='Sampler of the start.')
+@click.option('--saliency', metavar='spectral|attention:NAME|FOLDER', help='Maps for a salient --init.')
+@click.option('--objective', type=click.Choice(list(OBJECTIVES)), default='label', show_default=True)
+@click.option('--steps', type=int, default=5, show_default=True)
+@click.option('--lr', type=float, default=3e-3, show_default=True)
+@click.option('--optimizer', default='adamw', show_default=True, help='Any first-order optimizer of timm.')
+@click.option('--keep', type=click.Choice(['last', 'best']), default='last', show_default=True)
+@click.option('--bounds', type=click.Choice(['none', 'clamp', 'reflect']), default='none', show_default=True)
+@click.option('--patience', type=int, help='Stop an image whose loss did not fall for so many steps.')
+@click.option('--tol', type=float, default=0., show_default=True, help='Smallest fall that counts.')
+@click.option('--batch-size', type=click.IntRange(min=1), default=BATCH_SIZE, show_default=True)
+@click.option('--seed', type=int, default=0, show_default=True, help='For samplers that draw.')
+@click.option('--workers', type=int, default=0, show_default=True, help='Processes that read pictures.')
+@click.option('--device', default='cpu', show_default=True)
+@click.option('--amp-dtype', type=click.Choice(['bfloat16', 'float16']), help='Run the model under autocast.')
+@click.option('--out', type=click.Path(dir_okay=False), required=True, help='RESULT.safetensors to write.')
+def oracle(
+        data: str,
+        name: str,
+        weights: Optional[str],
+        kind: str,
+        split: str,
+        class_map: str,
+        n_tokens: Optional[int],
+        objective: str,
+        batch_size: int,
+        device: str,
+        amp_dtype: Optional[str],
+        out: str,
+        **options: Any,
+) -> None:
+    """Search the placement of every image of DATA by gradient (SPoT-ON), an upper bound: 'label' sees the label.
+
+    DATA is a folder of pictures, or of a dataset that timm opens. A run that was killed goes on where it was.
+    """
+    with clean_errors():
+        model = create_subpixel_model(name, weights, n_tokens=n_tokens).to(device)
+        dataset, labels = open_dataset(model, data, kind, split, class_map)
+        if objective == 'label' and not labels:
+            raise ValueError(
+                f"{data} has no subfolder for each of the model's {model.num_classes} classes, so there are no labels: "
+                'give --class-map, or another --objective (entropy, teacher or feature need no label).')
+        counts: List[int] = []
+        begin = time.monotonic()
+        with click.progressbar(
+                length=len(dataset), file=sys.stderr, label='oracle', show_pos=True) as bar:
+            def advance(count: int) -> None:
+                counts.append(count)
+                bar.update(count)
+
+            result = run_oracle(
+                model, dataset, out, labels=labels, objective=objective, batch_size=batch_size,
+                amp_dtype=getattr(torch, amp_dtype) if amp_dtype else None, progress=advance, **options)
+        rate = sum(counts[1:]) / (time.monotonic() - begin)
+    budget, steps = result.positions.shape[1], result.losses.shape[1] - 1
+    click.echo(f'{len(result.positions)} images, {budget} tokens, {steps} steps, {rate:.1f} images/s, written to {out}')
+    click.echo(f'loss      {result.losses[:, 0].mean():.4f} -> {result.losses[:, -1].mean():.4f}')
+    if result.correct_before is not None:
+        before, after = (c.float().mean() for c in (result.correct_before, result.correct_after))
+        click.echo(f'accuracy  {before:.2%} -> {after:.2%}')

@@ -1,0 +1,71 @@
+"""`timm-spot convert`, `timm-spot export` and `timm-spot push`."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Optional
+
+import click
+
+from .common import clean_errors, create_subpixel_model, main
+
+
+@main.command()
+@click.argument('source')
+@click.argument('dest', type=click.Path(path_type=Path))
+@click.option('--model', help="timm's name of what the weights belong to, where SOURCE does not say.")
+def convert(source: str, dest: Path, model: Optional[str]) -> None:
+    """Convert SOURCE into the folder DEST: safetensors, config.json, model card.
+
+    SOURCE is the authors' .pth, a timm checkpoint (.pth, .pth.tar, .safetensors) of a subpixel ViT or of any ViT that
+    can be retrofitted, a model folder, or ORG/NAME on the Hugging Face Hub. No pickled code is ever run. What was
+    written is loaded back and compared.
+    """
+    from ..tasks import convert as conversion
+
+    with clean_errors():
+        click.echo(conversion.convert(source, dest, model))
+    click.echo(f'\ntimm.create_model({f"local-dir:{dest}"!r}, pretrained=True)')
+
+
+@main.command()
+@click.argument('name', metavar='MODEL')
+@click.argument('out', type=click.Path(path_type=Path, dir_okay=False), metavar='OUT.onnx|OUT.pt2')
+@click.option('--weights', type=click.Path(), help="Checkpoint: timm_spot's, the authors' or a timm ViT's.")
+@click.option('--n-tokens', type=int, help='Budget; by default that of the model.')
+@click.option('--positions-as-input', is_flag=True, help='Let the placement (B, N, 2), of any budget, be an input.')
+def export(name: str, out: Path, weights: Optional[str], n_tokens: Optional[int], positions_as_input: bool) -> None:
+    """Write MODEL (name, hf-hub:ID or local-dir:PATH) as ONNX or as PyTorch's exported program.
+
+    The batch is dynamic, the image size the model's own. What was written is loaded back and compared.
+    """
+    from ..tasks.export import export_model
+
+    with clean_errors():
+        difference = export_model(create_subpixel_model(name, weights, n_tokens=n_tokens), out, positions_as_input)
+    click.echo(f'{out} ({out.stat().st_size / 1e6:.1f} MB), largest difference to the model {difference:.1g}')
+
+
+@main.command()
+@click.argument('folder', type=click.Path(path_type=Path))
+@click.argument('repo_id', metavar='ORG/NAME')
+@click.option('--private', is_flag=True, help='Make a new repository private.')
+@click.option('--revision', help='Branch to push to; made if there is none.')
+@click.option('--dry-run', is_flag=True, help='Check the folder and say what would be sent; send nothing.')
+def push(folder: Path, repo_id: str, private: bool, revision: Optional[str], dry_run: bool) -> None:
+    """Publish FOLDER, as `timm-spot convert` writes it, on the Hugging Face Hub.
+
+    Sends the weights (safetensors), config.json and the model card; with a results.csv in the folder the card shows
+    its accuracies. Log in first: `hf auth login`.
+    """
+    from ..tasks import hub
+
+    with clean_errors():
+        for name in hub.check_folder(folder, repo_id):
+            click.echo(f'{name} is no part of the model and stays here', err=True)
+        if dry_run:
+            for name in hub.FILES:
+                click.echo(f'would send {name} ({(folder / name).stat().st_size:,} bytes)')
+            click.echo(f"to {repo_id}{'@' + revision if revision else ''}{' (private)' if private else ''}")
+            return
+        click.echo(hub.push_folder(folder, repo_id, private, revision))
+    click.echo(f"timm.create_model('hf-hub:{repo_id}{'@' + revision if revision else ''}', pretrained=True)")
