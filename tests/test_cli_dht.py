@@ -59,7 +59,7 @@ def test_vectorize(model, tmp_path):
 
 
 def test_vectorize_overwrites_none_of_its_own(tmp_path):
-    for name in ('a.png', 'a.bmp'):
+    for name in ('a.png', 'a.jpg'):
         Image.new('RGB', (8, 8)).save(tmp_path / name)
     result = run('vectorize', tmp_path, '--out', tmp_path / 'svg')
     assert result.exit_code == 1 and 'would both be' in result.output
