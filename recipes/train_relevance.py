@@ -2,39 +2,53 @@
 
     python recipes/train_relevance.py DATA --model deit_small_patch16_224 --keep-rate 0.7 --out output/relevance
     python recipes/train_relevance.py DATA --model deit_small_patch16_224 --keep-rate 0.5 --keep-rate 0.9 --freeze
+    torchrun --nproc-per-node 8 recipes/train_relevance.py DATA --device cuda --amp ...
 
 A script of its own because the loss compares all tokens with the dense model's and counts the masks, while timm's
 train.py (1.0.31) chooses its task from a fixed list of those that see logits. All else is timm's: datasets, loaders,
-optimisers, schedules, checkpoints, and the training task's base class. DATA is what timm's create_dataset opens; one
-device. `timm.create_model('local-dir:OUT/model')` loads what is written at the end.
+optimisers, schedules, checkpoints, and the training task's base class. DATA is what timm's create_dataset opens;
+OUT/last.pth.tar goes on with --resume. `timm.create_model('local-dir:OUT/model')` loads what is written at the end.
 """
 from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Iterable, Optional, Tuple
 
 import click
 import timm
 import torch
 from timm.data import create_dataset, create_loader, resolve_data_config
-from timm.models import save_for_hf
+from timm.models import resume_checkpoint, save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import AverageMeter, CheckpointSaver, accuracy, random_seed
+from timm.utils import AverageMeter, CheckpointSaver, accuracy, init_distributed_device, is_primary, random_seed
 
 import timm_spot
 
 
+def over_processes(meter: AverageMeter, device: torch.device) -> float:
+    """Mean of what the meters of all processes have seen."""
+    total = torch.tensor([meter.sum, meter.count], dtype=torch.float32, device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
 @torch.inference_mode()
-def validate(model: torch.nn.Module, batches: Iterable[Tuple[torch.Tensor, torch.Tensor]], device: str) -> float:
-    """Top-1 accuracy in percent, with tokens dropped."""
+def validate(
+        model: torch.nn.Module,
+        batches: Iterable[Tuple[torch.Tensor, torch.Tensor]],
+        device: torch.device,
+) -> float:
+    """Top-1 accuracy in percent, with tokens dropped; several processes repeat a few images to have as many each."""
     model.eval()
     top1 = AverageMeter()
     for images, targets in batches:
         acc1, = accuracy(model(images.to(device)), targets.to(device))
         top1.update(acc1.item(), len(targets))
-    return top1.avg
+    return over_processes(top1, device)
 
 
 @click.command(help=__doc__)
@@ -55,7 +69,7 @@ def validate(model: torch.nn.Module, batches: Iterable[Tuple[torch.Tensor, torch
 @click.option('--freeze', is_flag=True, help='Train the predictors only.')
 @click.option('--backbone-lr-scale', default=0.01, show_default=True, help="The backbone's share of the learning rate.")
 @click.option('--epochs', default=30, show_default=True)
-@click.option('--batch-size', '-b', default=128, show_default=True)
+@click.option('--batch-size', '-b', default=128, show_default=True, help='Of each process.')
 @click.option('--opt', default='adamw', show_default=True)
 @click.option('--lr', default=1e-3, show_default=True)
 @click.option('--weight-decay', default=0.05, show_default=True)
@@ -64,9 +78,10 @@ def validate(model: torch.nn.Module, batches: Iterable[Tuple[torch.Tensor, torch
 @click.option('--clip-grad', default=1.0, show_default=True)
 @click.option('--no-aug', is_flag=True, help='No random crops, flips and colours, as for digits.')
 @click.option('--workers', '-j', default=4, show_default=True)
-@click.option('--device', default='cpu', show_default=True)
+@click.option('--device', 'device_name', default='cpu', show_default=True)
 @click.option('--amp', is_flag=True, help='Train under bfloat16 autocast.')
 @click.option('--seed', default=42, show_default=True)
+@click.option('--resume', type=click.Path(exists=True), help='Checkpoint to go on from.')
 @click.option('--out', type=click.Path(path_type=Path), required=True, help='Folder for checkpoints and the model.')
 def main(
         data: str,
@@ -94,12 +109,15 @@ def main(
         clip_grad: float,
         no_aug: bool,
         workers: int,
-        device: str,
+        device_name: str,
         amp: bool,
         seed: int,
+        resume: Optional[str],
         out: Path,
 ) -> None:
-    random_seed(seed)
+    process = SimpleNamespace(device=device_name)
+    device, distributed = init_distributed_device(process), process.distributed
+    random_seed(seed, process.rank)
     overlay = dict(file=weights, num_classes=num_classes) if weights else None
     dense = timm.create_model(
         name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes).to(device).eval()
@@ -115,7 +133,11 @@ def main(
         optimizer, sched, num_epochs=epochs, warmup_epochs=warmup_epochs, warmup_prefix=True)
     task = timm_spot.RelevanceTask(
         model, dense, keep_rate=keep_rates[0] if len(keep_rates) == 1 else keep_rates, ratio_weight=ratio_weight,
-        logit_weight=logit_weight, token_weight=token_weight, device=torch.device(device))
+        logit_weight=logit_weight, token_weight=token_weight, device=device, verbose=is_primary(process))
+    start = resume_checkpoint(model, resume, optimizer, log_info=is_primary(process)) if resume else 0
+    scheduler.step(start)
+    if distributed:
+        task.prepare_distributed()
 
     config = resolve_data_config(model=dense)
     loaders = {
@@ -123,13 +145,19 @@ def main(
             create_dataset(kind, root=data, split=split, is_training=training, batch_size=batch_size),
             input_size=config['input_size'], batch_size=batch_size, is_training=training, no_aug=no_aug,
             num_workers=workers, interpolation=config['interpolation'], mean=config['mean'], std=config['std'],
-            crop_pct=config['crop_pct'], crop_mode=config['crop_mode'], use_prefetcher=False)
+            crop_pct=config['crop_pct'], crop_mode=config['crop_mode'], distributed=distributed, use_prefetcher=False)
         for split, training in ((train_split, True), (val_split, False))}
-    out.mkdir(parents=True, exist_ok=True)
-    saver = CheckpointSaver(model, optimizer, checkpoint_dir=str(out), max_history=3)
-    autocast = torch.autocast(device, torch.bfloat16) if amp else nullcontext()
-    click.echo(f'{name}: {validate(dense, loaders[val_split], device):.2f} % before')
-    for epoch in range(epochs):
+    saver = None
+    if is_primary(process):
+        out.mkdir(parents=True, exist_ok=True)
+        saver = CheckpointSaver(model, optimizer, checkpoint_dir=str(out), max_history=3)
+    autocast = torch.autocast(device.type, torch.bfloat16) if amp else nullcontext()
+    before = validate(dense, loaders[val_split], device)
+    if saver:
+        click.echo(f'{name}: {before:.2f} % before')
+    for epoch in range(start, epochs):
+        if distributed:
+            loaders[train_split].sampler.set_epoch(epoch)
         task.train()
         meters = {term: AverageMeter() for term in ('loss', 'task_loss', 'ratio_loss', 'logit_loss', 'token_loss')}
         for images, targets in loaders[train_split]:
@@ -145,9 +173,14 @@ def main(
                 meter.update(result[term].item(), len(targets))
         scheduler.step(epoch + 1)
         top1 = validate(model, loaders[val_split], device)
-        saver.save_checkpoint(epoch, metric=top1)
-        click.echo(f'epoch {epoch}  top-1 {top1:.2f}  ' + '  '.join(f'{k} {m.avg:.4f}' for k, m in meters.items()))
-    save_for_hf(model, str(out / 'model'), safe_serialization=True)
+        terms = {term: over_processes(meter, device) for term, meter in meters.items()}
+        if saver:
+            saver.save_checkpoint(epoch, metric=top1)
+            click.echo(f'epoch {epoch}  top-1 {top1:.2f}  ' + '  '.join(f'{k} {v:.4f}' for k, v in terms.items()))
+    if saver:
+        save_for_hf(model, str(out / 'model'), safe_serialization=True)
+    if distributed:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == '__main__':
