@@ -16,7 +16,7 @@ import timm
 import torch
 
 import timm_spot
-from timm_spot.tasks.draw import BLUE, GREY
+from timm_spot.tasks.figure import BLUE, GREY
 from timm_spot.tasks.vectorize import read_picture
 
 PHOTOS = Path(__file__).parent.parent / 'examples' / 'photos'

@@ -16,18 +16,7 @@ from PIL import Image
 import timm_spot
 from timm_spot.ops import spectral_residual
 from timm_spot.tasks.digits import draw_canvases, load_digits, to_input
-from timm_spot.tasks.draw import (
-    animate,
-    draw_hierarchy,
-    draw_placement,
-    draw_priors,
-    draw_pruning,
-    draw_region_means,
-    draw_regions,
-    draw_seen,
-    draw_trajectory,
-    to_picture,
-)
+from timm_spot.tasks.figure import to_picture
 from timm_spot.tasks.vectorize import read_picture
 
 if TYPE_CHECKING:
@@ -49,9 +38,9 @@ def draw_dht() -> None:
     regions = timm_spot.RasterToVector().tokenizer(image, 196, strict=True)
     with Image.open(PHOTO) as photo:
         photo = photo.resize(image.shape[:1:-1])
-    save(draw_regions(photo, regions.segmentation[0]).figure, 'regions')
-    save(draw_region_means(photo, regions.segmentation[0]).figure, 'region_means')
-    save(draw_hierarchy(photo, [level[0] for level in regions.levels[2:6]])[0, 0].figure, 'hierarchy')
+    save(timm_spot.draw_regions(photo, regions.segmentation[0]).figure, 'regions')
+    save(timm_spot.draw_region_means(photo, regions.segmentation[0]).figure, 'region_means')
+    save(timm_spot.draw_hierarchy(photo, [level[0] for level in regions.levels[2:6]])[0, 0].figure, 'hierarchy')
 
 
 def main() -> None:
@@ -63,9 +52,9 @@ def main() -> None:
     images = torch.from_numpy(to_picture(photo)).permute(2, 0, 1)[None]
     positions = timm_spot.sample_positions(
         'salient_sobol', 25, (224, 224), saliency=spectral_residual(images), generator=torch.Generator().manual_seed(0))
-    save(draw_placement(photo, positions, 16).figure, 'placement')
-    save(draw_seen(photo, positions, 16).figure, 'seen')
-    save(draw_priors(photo)[0, 0].figure, 'priors')
+    save(timm_spot.draw_placement(photo, positions, 16).figure, 'placement')
+    save(timm_spot.draw_seen(photo, positions, 16).figure, 'seen')
+    save(timm_spot.draw_priors(photo)[0, 0].figure, 'priors')
 
     draw_dht()
 
@@ -76,14 +65,14 @@ def main() -> None:
     result = timm_spot.optimize_positions(
         model, to_input(canvases, model), labels[:64], steps=40, lr=1e-2, bounds='clamp')
     index = (result.losses[:, 0] - result.losses[:, -1]).argmax().item()
-    save(draw_trajectory(canvases[index, None], result, index)[0].figure, 'trajectory')
-    animate(canvases[index, None], result, 8, IMAGES / 'search.gif', index)
+    save(timm_spot.draw_trajectory(canvases[index, None], result, index)[0].figure, 'trajectory')
+    timm_spot.animate(canvases[index, None], result, 8, IMAGES / 'search.gif', index)
 
     sparse = timm.create_model('relevance_spot_vit_pico_patch8_64', pretrained=True, keep_rate=0.6).eval()
     positions = timm_spot.sample_positions('sobol', 64, (64, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         kept = [stage[0] for stage in sparse.kept_tokens(to_input(canvases[:1], model), positions=positions)]
-    save(draw_pruning(canvases[0, None], positions, kept, 8).figure, 'pruning')
+    save(timm_spot.draw_pruning(canvases[0, None], positions, kept, 8).figure, 'pruning')
 
 
 if __name__ == '__main__':

@@ -10,7 +10,6 @@ import timm
 import torch
 
 import timm_spot
-from timm_spot.tasks.draw import draw_placement
 from timm_spot.tasks.predict import denormalize, find_images, load_image, model_transform
 
 plt.switch_backend('Agg')
@@ -34,7 +33,7 @@ def read_digits() -> None:
             answers = model(images).argmax(dim=1)
         print(f'  {n_tokens:3d} tokens: {(answers == labels).sum()} of {len(files)} right')
         for image, positions, answer, label, ax in zip(images, model.place(images), answers, labels, row):
-            draw_placement(denormalize(model, image), positions, model.patch_embed.window, ax=ax)
+            timm_spot.draw_placement(denormalize(model, image), positions, model.patch_embed.window, ax=ax)
             ax.set_title(f'{answer}', color='black' if answer == label else 'red', fontsize=9)
         row[0].set_ylabel(f'{n_tokens} tokens')
     figure.savefig(PICTURE, dpi=120)

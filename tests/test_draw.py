@@ -1,4 +1,7 @@
-"""Pictures of placements. `python tests/test_draw.py` draws the golden images anew, to be looked at before a commit."""
+"""Pictures of placements and searches.
+
+`python tests/test_draw.py` draws the golden images anew, to be looked at before a commit.
+"""
 from __future__ import annotations
 
 import itertools
@@ -14,19 +17,7 @@ import torch
 from PIL import Image
 
 import timm_spot
-from timm_spot.tasks.draw import (
-    GREY,
-    animate,
-    draw_hierarchy,
-    draw_placement,
-    draw_priors,
-    draw_pruning,
-    draw_region_means,
-    draw_regions,
-    draw_seen,
-    draw_trajectory,
-    to_picture,
-)
+from timm_spot.tasks.figure import GREY, to_picture
 
 matplotlib.use('Agg')
 
@@ -75,16 +66,16 @@ def render(figure: plt.Figure, dpi: int = 50, page: str = 'white') -> Image.Imag
 def paint(kind: str, folder: Path) -> Image.Image:
     cyclist, kitchen = read_photo('cowbike', 224, 224), read_photo('oldkitchen', 320, 200)
     if kind == 'placement':
-        return render(draw_placement(cyclist, place(25, cyclist), 16).figure)
+        return render(timm_spot.draw_placement(cyclist, place(25, cyclist), 16).figure)
     if kind == 'seen':
-        return render(draw_seen(kitchen, place(49, kitchen), 16).figure, page='#0d1117')
+        return render(timm_spot.draw_seen(kitchen, place(49, kitchen), 16).figure, page='#0d1117')
     if kind == 'trajectory':
-        return render(draw_trajectory(kitchen, spirals(9, 20))[0].figure)
+        return render(timm_spot.draw_trajectory(kitchen, spirals(9, 20))[0].figure)
     if kind == 'priors':
-        return render(draw_priors(cyclist)[0, 0].figure)
+        return render(timm_spot.draw_priors(cyclist)[0, 0].figure)
     if kind == 'priors_blank':
-        return render(draw_priors()[0, 0].figure)
-    path = animate(cyclist, spirals(16, 4), 16, folder / 'film.gif')
+        return render(timm_spot.draw_priors()[0, 0].figure)
+    path = timm_spot.animate(cyclist, spirals(16, 4), 16, folder / 'film.gif')
     with Image.open(path) as film:
         film.seek(4)
         return film.convert('RGB').reduce(2)
@@ -109,9 +100,9 @@ def test_a_moved_window_would_be_noticed():
     """The tolerance of the golden images is no wider than one token in 25."""
     image = read_photo('cowbike', 224, 224)
     positions = place(25, image)[0]
-    before = np.asarray(render(draw_placement(image, positions, 16).figure), dtype=float)
+    before = np.asarray(render(timm_spot.draw_placement(image, positions, 16).figure), dtype=float)
     positions[3] = torch.tensor([0.9, 0.7])
-    after = np.asarray(render(draw_placement(image, positions, 16).figure), dtype=float)
+    after = np.asarray(render(timm_spot.draw_placement(image, positions, 16).figure), dtype=float)
     assert (np.abs(after - before).max(axis=-1) > 40).mean() > CHANGED
 
 
@@ -119,7 +110,7 @@ def test_windows_lie_where_the_model_reads():
     image = torch.zeros(3, 40, 80)
     positions = torch.tensor([[0.25, 0.75]])
     patch, spot = (
-        draw_placement(image, positions, 8, convention=convention).collections[0].get_paths()[0].get_extents()
+        timm_spot.draw_placement(image, positions, 8, convention=convention).collections[0].get_paths()[0].get_extents()
         for convention in ('patch', 'spot'))
     # Pixel i is drawn from i - 0.5 to i + 0.5; the centre of the patch window is pixel edge (10, 60).
     assert patch.bounds == (55.5, 5.5, 8, 8)
@@ -131,13 +122,13 @@ def test_coverage_counts_pixels_once():
     image = torch.zeros(3, 40, 80)
     positions = torch.tensor([[0.1, 0.05], [0.1, 0.05], [0.9, 0.95], [0., 0.5]])
     # 8 x 8 pixels in two corners (one of them twice) and the lower half of a window across the upper edge.
-    assert draw_placement(image, positions, 8).get_title() == f'4 tokens cover {(64 + 64 + 32) / 3200:.0%}'
-    assert draw_seen(image, positions, 8).get_title() == '5% of the pixels'
+    assert timm_spot.draw_placement(image, positions, 8).get_title() == f'4 tokens cover {(64 + 64 + 32) / 3200:.0%}'
+    assert timm_spot.draw_seen(image, positions, 8).get_title() == '5% of the pixels'
 
 
 def test_seen_shows_windows_and_nothing_else():
     image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
-    seen = draw_seen(image, torch.tensor([[0.5, 0.25]]), 8).images[0].get_array()
+    seen = timm_spot.draw_seen(image, torch.tensor([[0.5, 0.25]]), 8).images[0].get_array()
     inside = np.zeros((32, 32), bool)
     inside[12:20, 4:12] = True
     np.testing.assert_allclose(seen[inside][:, :3], image.permute(1, 2, 0).numpy()[inside])
@@ -146,7 +137,7 @@ def test_seen_shows_windows_and_nothing_else():
 
 def test_trajectory_has_start_path_and_end_of_every_token():
     image, result = torch.zeros(3, 50, 100), spirals(9, 20)
-    picture, loss = draw_trajectory(image, result)
+    picture, loss = timm_spot.draw_trajectory(image, result)
     start, end = (c.get_offsets() for c in picture.collections)
     for offsets, step in ((start, 0), (end, -1)):
         np.testing.assert_allclose(offsets, (result.trajectory[0, step] * torch.tensor([50, 100]) - 0.5).flip(-1))
@@ -158,7 +149,7 @@ def test_trajectory_has_start_path_and_end_of_every_token():
 def test_a_token_that_left_the_image_is_still_drawn():
     result = SimpleNamespace(
         trajectory=torch.tensor([[[[0.9, 0.1]], [[1.2, -0.1]]]]), losses=torch.tensor([[1., 0.5]]))
-    picture, _ = draw_trajectory(torch.zeros(3, 100, 100), result)
+    picture, _ = timm_spot.draw_trajectory(torch.zeros(3, 100, 100), result)
     (left, right), (bottom, top) = picture.get_xlim(), picture.get_ylim()
     np.testing.assert_allclose((left, right, bottom, top), (-10.5, 99.5, 119.5, -0.5), rtol=1e-5)
 
@@ -166,7 +157,7 @@ def test_a_token_that_left_the_image_is_still_drawn():
 def test_pruning_outlines_survivors_and_numbers_the_others_by_stage():
     positions = timm_spot.sample_positions('isotropic', 4, (32, 32))[0]
     kept = [torch.tensor([[0, 2, 3]]), torch.tensor([[2]])]
-    ax = draw_pruning(Image.new('RGB', (32, 32), 'white'), positions, kept, 16)
+    ax = timm_spot.draw_pruning(Image.new('RGB', (32, 32), 'white'), positions, kept, 16)
     numbers = {tuple(text.get_position()): text.get_text() for text in ax.texts}
     assert numbers == {(7.5, 7.5): '2', (23.5, 7.5): '1', (23.5, 23.5): '2'}
     assert [p.get_xy() for p in ax.patches if not p.get_fill()] == [(-0.5, 15.5)]
@@ -174,19 +165,19 @@ def test_pruning_outlines_survivors_and_numbers_the_others_by_stage():
     assert shades[15.5, -0.5] > shades[-0.5, -0.5] == shades[15.5, 15.5] > 0
     assert ax.get_title() == '4 → 3 → 1 tokens'
     with pytest.raises(ValueError, match='kept is empty'):
-        draw_pruning(Image.new('RGB', (32, 32)), positions, [], 16)
+        timm_spot.draw_pruning(Image.new('RGB', (32, 32)), positions, [], 16)
     with pytest.raises(ValueError, match='kept holds index 4, positions only 4 tokens'):
-        draw_pruning(Image.new('RGB', (32, 32)), positions, [torch.tensor([4])], 16)
+        timm_spot.draw_pruning(Image.new('RGB', (32, 32)), positions, [torch.tensor([4])], 16)
 
 
 def test_priors_are_those_of_the_sampler():
-    axes = draw_priors()
+    axes = timm_spot.draw_priors()
     assert [ax.get_title() for ax in axes.flat] == ['uniform', 'gaussian', 'sobol', 'isotropic', 'center', 'grid']
     assert [len(ax.collections[0].get_paths()) for ax in axes.flat] == [25] * 6
     centre = timm_spot.sample_positions('center', 25, (224, 224))[0].flip(-1) * 224 - 0.5
     np.testing.assert_allclose(axes[1, 1].collections[1].get_offsets(), centre, rtol=1e-5)
     with pytest.raises(ValueError, match='exceeds the 2 x 2 patches'):
-        draw_priors(torch.zeros(3, 32, 32))
+        timm_spot.draw_priors(torch.zeros(3, 32, 32))
 
 
 @pytest.mark.parametrize('width, height', [(64, 64), (640, 90), (90, 640), (17, 23)])
@@ -194,11 +185,11 @@ def test_priors_are_those_of_the_sampler():
 def test_nothing_overlaps_and_the_aspect_is_kept(kind, width, height):
     image = read_photo('cowbike', width, height)
     if kind == 'trajectory':
-        axes = draw_trajectory(image, spirals(4, 3))
+        axes = timm_spot.draw_trajectory(image, spirals(4, 3))
     elif kind == 'priors':
-        axes = draw_priors(image, n_tokens=1).flatten()
+        axes = timm_spot.draw_priors(image, n_tokens=1).flatten()
     else:
-        axes = [dict(placement=draw_placement, seen=draw_seen)[kind](image, place(4, image), 16)]
+        axes = [dict(placement=timm_spot.draw_placement, seen=timm_spot.draw_seen)[kind](image, place(4, image), 16)]
     figure = axes[0].figure
     figure.canvas.draw()
     page = figure.bbox
@@ -235,7 +226,7 @@ def contrast(a: str, b: str) -> float:
 def test_text_is_legible_on_light_and_dark_pages(page):
     assert contrast(GREY, page) > 3.5
     image = read_photo('cowbike', 64, 64)
-    drawn = np.asarray(render(draw_placement(image, place(4, image), 16).figure, page=page))
+    drawn = np.asarray(render(timm_spot.draw_placement(image, place(4, image), 16).figure, page=page))
     assert (drawn[0, 0] == np.round(np.array(matplotlib.colors.to_rgb(page)) * 255)).all()  # transparent margins
 
 
@@ -243,11 +234,12 @@ def test_an_axes_of_ones_own_is_used():
     figure, ax = plt.subplots(facecolor='red')
     ax.set_ylabel('mine')
     image = read_photo('cowbike', 64, 64)
-    assert draw_placement(image, place(4, image), 8, ax=ax) is ax and draw_seen(image, place(4, image), 8, ax) is ax
+    assert timm_spot.draw_placement(image, place(4, image), 8, ax=ax) is ax
+    assert timm_spot.draw_seen(image, place(4, image), 8, ax) is ax
     assert figure.get_facecolor() == (1, 0, 0, 1)
     assert ax.axison and ax.get_ylabel() == 'mine'
     figure, axes = plt.subplots(1, 2)
-    assert (draw_trajectory(image, spirals(4, 3), axes=axes) == axes).all()
+    assert (timm_spot.draw_trajectory(image, spirals(4, 3), axes=axes) == axes).all()
 
 
 def test_every_kind_of_image_is_the_same_picture():
@@ -275,23 +267,23 @@ def test_every_kind_of_image_is_the_same_picture():
 ])
 def test_what_is_no_picture_is_refused(image, error, match):
     with pytest.raises(error, match=match):
-        draw_placement(image, torch.zeros(1, 2), 2)
+        timm_spot.draw_placement(image, torch.zeros(1, 2), 2)
 
 
 def test_wrong_positions_and_results_are_refused(tmp_path):
     image = torch.zeros(3, 32, 32)
     with pytest.raises(ValueError, match=r'shape \(N, 2\), one placement, got \(2, 9, 2\)'):
-        draw_placement(image, torch.zeros(2, 9, 2), 8)
+        timm_spot.draw_placement(image, torch.zeros(2, 9, 2), 8)
     with pytest.raises(ValueError, match='record=True'):
-        draw_trajectory(image, SimpleNamespace(trajectory=None, losses=torch.zeros(1, 2)))
+        timm_spot.draw_trajectory(image, SimpleNamespace(trajectory=None, losses=torch.zeros(1, 2)))
     with pytest.raises(ValueError, match='index=2 does not exist, the result holds 2 images'):
-        draw_trajectory(image, spirals(4, 3), index=2)
+        timm_spot.draw_trajectory(image, spirals(4, 3), index=2)
     with pytest.raises(ValueError, match=r"film\.avi' must end in \.gif or \.mp4"):
-        animate(image, spirals(4, 3), 8, tmp_path / 'film.avi')
+        timm_spot.animate(image, spirals(4, 3), 8, tmp_path / 'film.avi')
 
 
 def test_film_has_a_frame_for_each_step(tmp_path):
-    path = animate(read_photo('cowbike', 64, 64), spirals(4, 6), 8, str(tmp_path / 'film.gif'), fps=10)
+    path = timm_spot.animate(read_photo('cowbike', 64, 64), spirals(4, 6), 8, str(tmp_path / 'film.gif'), fps=10)
     assert path == tmp_path / 'film.gif'
     with Image.open(path) as film:
         assert film.n_frames == 7 and film.info['duration'] == 100
@@ -305,38 +297,7 @@ def test_film_has_a_frame_for_each_step(tmp_path):
 def test_film_without_ffmpeg_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', str(tmp_path))
     with pytest.raises(RuntimeError, match='needs the program ffmpeg'):
-        animate(torch.zeros(3, 32, 32), spirals(4, 3), 8, tmp_path / 'film.mp4')
-
-
-REGIONS = torch.tensor([[4, 4, 4], [4, 4, 7], [4, 7, 7]])
-
-
-def test_borders_of_regions():
-    ax = draw_regions(np.zeros((3, 3), np.uint8), REGIONS)
-    drawn = ax.get_images()[0].get_array()
-    # A border is the first pixel of the next region, to the right or below.
-    assert (drawn.sum(-1) > 0).tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 0]]
-    assert ax.get_title() == '2 regions'
-
-
-def test_means_of_regions():
-    picture = torch.tensor([[0., 0., 0.], [0., 0.6, 0.], [0., 0.3, 0.9]])[None]
-    ax = draw_region_means(picture, REGIONS)
-    drawn = ax.get_images()[0].get_array()[..., 0]
-    np.testing.assert_allclose(drawn, [[0.1, 0.1, 0.1], [0.1, 0.1, 0.4], [0.1, 0.4, 0.4]], atol=1e-6)
-    error = (5 * 0.1 ** 2 + 0.5 ** 2 + 0.4 ** 2 + 0.1 ** 2 + 0.5 ** 2) / 9
-    assert ax.get_title() == f'2 means, PSNR {-10 * math.log10(error):.1f} dB'
-    assert 'PSNR ∞ dB' in draw_region_means(torch.zeros(3, 3, 3), REGIONS).get_title()
-
-
-def test_levels_of_a_hierarchy():
-    axes = draw_hierarchy(torch.rand(3, 3, 3), [REGIONS, torch.zeros(3, 3, dtype=torch.long)])
-    assert [[ax.get_title().split(',')[0] for ax in row] for row in axes] == [
-        ['2 regions', '1 regions'], ['2 means', '1 means']]
-    with pytest.raises(ValueError, match='levels is empty'):
-        draw_hierarchy(torch.rand(3, 1, 1), [])
-    with pytest.raises(ValueError, match=r'segmentation of shape \(3, 3\) must match the image, \(4, 3\)'):
-        draw_regions(torch.rand(3, 4, 3), REGIONS)
+        timm_spot.animate(torch.zeros(3, 32, 32), spirals(4, 3), 8, tmp_path / 'film.mp4')
 
 
 if __name__ == '__main__':

@@ -25,16 +25,16 @@ __version__ = '0.1.0'
 
 # Tasks load on first use: importing this package costs no more than importing timm.
 _TASKS = {
-    'animate': 'draw',
-    'draw_hierarchy': 'draw',
+    'animate': 'draw_search',
+    'draw_hierarchy': 'draw_regions',
     'draw_placement': 'draw',
     'draw_priors': 'draw',
     'draw_pruning': 'draw',
     'draw_reconstruction': 'draw',
-    'draw_region_means': 'draw',
-    'draw_regions': 'draw',
+    'draw_region_means': 'draw_regions',
+    'draw_regions': 'draw_regions',
     'draw_seen': 'draw',
-    'draw_trajectory': 'draw',
+    'draw_trajectory': 'draw_search',
     'export_model': 'export',
     'load_saliency': 'saliency_maps',
     'OracleResult': 'oracle',

@@ -59,44 +59,32 @@ def draw(
     means       each of them filled with its mean colour
     hierarchy   its levels, one by one
     """
-    from ..tasks.draw import (
-        animate,
-        draw_hierarchy,
-        draw_placement,
-        draw_priors,
-        draw_pruning,
-        draw_region_means,
-        draw_regions,
-        draw_seen,
-        draw_trajectory,
-    )
-    from ..tasks.oracle import optimize_positions
 
     with clean_errors():
         model = create_model(name, weights, n_tokens=n_tokens)
         transform, embed = prediction.model_transform(model), model.patch_embed
         batch = prediction.load_image(image, transform)[None]
         picture = prediction.denormalize(model, batch[0])
-        region_kinds = dict(regions=draw_regions, means=draw_region_means)
+        region_kinds = dict(regions=timm_spot.draw_regions, means=timm_spot.draw_region_means)
         if is_dht(model) != ((kind or ('regions' if is_dht(model) else '')) in (*region_kinds, 'hierarchy')):
             raise ValueError(f'--kind {kind} does not suit {name}: see `timm-spot draw --help`.')
         if is_dht(model):
             set_prior(model, sampler, saliency, transform)
             regions = model.segment(batch)
             if kind == 'hierarchy':
-                axes = draw_hierarchy(picture, [level[0] for level in regions.levels])[0, 0]
+                axes = timm_spot.draw_hierarchy(picture, [level[0] for level in regions.levels])[0, 0]
             else:
                 axes = region_kinds[kind or 'regions'](picture, regions.segmentation[0])
             save_figure(axes.figure, out)
             return
         kind = kind or 'placement'
         if kind == 'priors':
-            save_figure(draw_priors(picture, n_tokens or 25, embed.window)[0, 0].figure, out)
+            save_figure(timm_spot.draw_priors(picture, n_tokens or 25, embed.window)[0, 0].figure, out)
             return
         choose_prior(model, sampler, saliency, transform)(batch, [image])
         positions = model.place(batch)
         if kind in ('placement', 'seen'):
-            function = dict(placement=draw_placement, seen=draw_seen)[kind]
+            function = dict(placement=timm_spot.draw_placement, seen=timm_spot.draw_seen)[kind]
             save_figure(function(picture, positions[0], embed.window, convention=embed.convention).figure, out)
             return
         if kind == 'pruning':
@@ -106,15 +94,15 @@ def draw(
                 model = timm_spot.sparsify(model, keep_rate, scorer=scorer)
             with torch.no_grad():
                 kept = [index[0] for index in model.kept_tokens(batch, positions=positions)]
-            save_figure(
-                draw_pruning(picture, positions[0], kept, embed.window, convention=embed.convention).figure, out)
+            ax = timm_spot.draw_pruning(picture, positions[0], kept, embed.window, convention=embed.convention)
+            save_figure(ax.figure, out)
             return
-        result = optimize_positions(
+        result = timm_spot.optimize_positions(
             model, batch, init=positions, objective='entropy', steps=steps, lr=lr, bounds='clamp')
         if kind == 'trajectory':
-            save_figure(draw_trajectory(picture, result)[0].figure, out)
+            save_figure(timm_spot.draw_trajectory(picture, result)[0].figure, out)
         else:
-            animate(picture, result, embed.window, out, convention=embed.convention)
+            timm_spot.animate(picture, result, embed.window, out, convention=embed.convention)
 
 
 @main.command()

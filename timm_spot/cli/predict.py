@@ -11,6 +11,8 @@ import timm
 import torch
 from torch import nn
 
+import timm_spot
+
 from ..tasks import predict as prediction
 from .common import (
     BATCH_SIZE,
@@ -94,14 +96,12 @@ def _picture_path(path: Path, file: Path, n_files: int) -> Path:
 
 def _draw_placement(model: nn.Module, image: torch.Tensor, path: Path) -> None:
     """Draw the windows, or the regions, that a model takes as the tokens of an image (3, H, W)."""
-    from ..tasks.draw import draw_placement, draw_regions
-
     picture = prediction.denormalize(model, image)
     if is_dht(model):
-        figure = draw_regions(picture, model.segment(image[None]).segmentation[0]).figure
+        figure = timm_spot.draw_regions(picture, model.segment(image[None]).segmentation[0]).figure
     else:
         embed, positions = model.patch_embed, model.place(image[None])
-        figure = draw_placement(picture, positions, embed.window, convention=embed.convention).figure
+        figure = timm_spot.draw_placement(picture, positions, embed.window, convention=embed.convention).figure
     save_figure(figure, path)
 
 
