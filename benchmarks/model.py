@@ -109,8 +109,11 @@ def _against_rivals(section: Section, config: Config, model: torch.nn.Module) ->
     reference = t['ViT-B/16, dense, 196 tokens']
     for name, seconds in t.items():
         rows.append([name, f'{BATCH / seconds:.1f}', f'{reference / seconds:.2f}'])
+    # As a pair, of which many more rounds fit into the time than of the whole table.
+    model.set_placement(n_tokens=25)
+    pair = alternate({'dense': lambda: dense(images), 'ours': lambda: model(images)}, config)
     section.judge(
-        "whole model, 25 tokens, batch 8: times the dense ViT-B/16's images/s", reference / t['timm_spot, 25 tokens'],
+        "whole model, 25 tokens, batch 8: times the dense ViT-B/16's images/s", pair['dense'] / pair['ours'],
         at_least=6)
 
 
