@@ -33,6 +33,7 @@ from .dht_checkpoint import checkpoint_filter_fn
 from .download import check_source
 from .hierarchical_embed import HierarchicalEmbed
 from .hierarchical_tokenizer import Regions
+from .intermediates import Intermediates, format_intermediates
 
 __all__ = ['DhtVisionTransformer', 'TokenFeatures']
 
@@ -224,7 +225,7 @@ class DhtVisionTransformer(VisionTransformer):
             intermediates_only: bool = False,
             output_dict: bool = False,
             stride: Optional[int] = None,
-    ) -> Union[List[Any], Tuple[TokenFeatures, List[Any]], Dict[str, Any]]:
+    ) -> Intermediates:
         """Features after chosen blocks, with timm's arguments and results.
 
         'NCHW' paints tokens back on the image: maps (B, D, H // stride, W // stride). 'NLC' gives tokens (B, max, D),
@@ -252,23 +253,13 @@ class DhtVisionTransformer(VisionTransformer):
             if i in take_indices:
                 taken.append(self.norm(x) if norm else x)
 
-        prefix_tokens = [y[:, :self.num_prefix_tokens] for y in taken] if self.num_prefix_tokens else None
-        intermediates = [y[:, self.num_prefix_tokens:] for y in taken]
+        to_map = None
         if output_fmt == 'NCHW':
             stride = self.patch_embed.feat_ratio() if stride is None else stride
-            intermediates = [paint_tokens(y, regions.segmentation, regions.counts, stride) for y in intermediates]
-
-        final = None if intermediates_only else features._replace(tokens=self.norm(x))
-        if output_dict:
-            result: Dict[str, Any] = dict(image_intermediates=intermediates)
-            if prefix_tokens is not None and return_prefix_tokens:
-                result['image_intermediates_prefix'] = prefix_tokens
-            if final is not None:
-                result['image_features'] = final
-            return result
-        if return_prefix_tokens and prefix_tokens is not None:
-            intermediates = list(zip(intermediates, prefix_tokens))
-        return intermediates if final is None else (final, intermediates)
+            to_map = partial(
+                paint_tokens, segmentation=regions.segmentation, counts=regions.counts, stride=stride)
+        last = None if intermediates_only else features._replace(tokens=self.norm(x))
+        return format_intermediates(taken, last, self.num_prefix_tokens, return_prefix_tokens, output_dict, to_map)
 
 
 def _from_timm(source: str) -> PretrainedCfg:

@@ -238,7 +238,7 @@ class SubpixelVisionTransformer(VisionTransformer):
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NLC'.")
-        map_size = self._map_size(x, positions) if output_fmt == 'NCHW' else None
+        to_map = partial(_to_map, size=self._map_size(x, positions)) if output_fmt == 'NCHW' else None
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
 
         x = self._embed(x, positions)
@@ -254,7 +254,7 @@ class SubpixelVisionTransformer(VisionTransformer):
                 taken.append(self.norm(x) if norm else x)
 
         last = None if intermediates_only else self.norm(x)
-        return format_intermediates(taken, last, self.num_prefix_tokens, return_prefix_tokens, output_dict, map_size)
+        return format_intermediates(taken, last, self.num_prefix_tokens, return_prefix_tokens, output_dict, to_map)
 
     def _map_size(self, images: torch.Tensor, positions: Optional[torch.Tensor]) -> Tuple[int, int]:
         """Rows and columns of the feature map that the placement forms."""
@@ -266,6 +266,11 @@ class SubpixelVisionTransformer(VisionTransformer):
                 f"positions of shape {tuple(positions.shape)} form no lattice, so their tokens form no feature map: "
                 "use output_fmt='NLC'.")
         return shape
+
+
+def _to_map(tokens: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+    """Tokens (B, N, D) of a lattice of `size` rows and columns to a map (B, D, rows, columns)."""
+    return tokens.transpose(1, 2).unflatten(2, size).contiguous()
 
 
 @dataclasses.dataclass
