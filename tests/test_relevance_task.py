@@ -111,6 +111,24 @@ def test_student_and_teacher_see_the_same_placement(monkeypatch):
     assert not torch.equal(seen[0][0], seen[0][1])
 
 
+def test_gradients_pass_through_distributed_data_parallel(dense, tmp_path):
+    gradients = []
+    for distributed in (False, True):
+        torch.manual_seed(1)
+        task = RelevanceTask(timm_spot.sparsify(dense), dense, verbose=False).train()
+        if distributed:
+            torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+            task.prepare_distributed()
+        try:
+            torch.manual_seed(2)
+            task(*batch())['loss'].backward()
+        finally:
+            if distributed:
+                torch.distributed.destroy_process_group()
+        gradients.append({name: p.grad for name, p in task.trainable_module.named_parameters()})
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_wrong_arguments(dense):
     with pytest.raises(ValueError, match='student_model has no predictors'):
         RelevanceTask(timm_spot.sparsify(dense, scorer='norm'), dense, verbose=False)
