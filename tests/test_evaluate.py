@@ -17,9 +17,9 @@ from PIL import Image
 
 import timm_spot
 from timm_spot.cli import main
-from timm_spot.tasks.evaluate import KEY, read_rows
 from timm_spot.tasks.hub import add_results
 from timm_spot.tasks.predict import model_transform
+from timm_spot.tasks.results import KEY, read_rows
 
 ROOT = Path(__file__).parent.parent
 ARGUMENTS = ('--samplers', 'grid,uniform', '--budgets', '4,9', '--batch-size', '7')

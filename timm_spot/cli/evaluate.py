@@ -85,6 +85,7 @@ def evaluate(
     timm_spot.cli evaluate ...`.
     """
     from ..tasks import evaluate as evaluation
+    from ..tasks.cells import Knn, list_cells
     from ..tasks.data import Pictures
     from ..tasks.processes import start_processes
     from ..tasks.report import check_matplotlib, write_report
@@ -98,9 +99,9 @@ def evaluate(
         pictures = Pictures(data, split, data_dir, class_map)
         knn = None
         if train is not None:
-            knn = evaluation.Knn(Pictures(train, 'train', data_dir, class_map), knn_k, knn_temperature)
+            knn = Knn(Pictures(train, 'train', data_dir, class_map), knn_k, knn_temperature)
         budgets = budgets or ((9, 25, 49, 64) if data == 'digits' else (25, 49, 100, 196))
-        cells = evaluation.list_cells(models, pictures, split, budgets=budgets, amp=amp, knn=knn, **what)
+        cells = list_cells(models, pictures, split, budgets=budgets, amp=amp, knn=knn, **what)
         missing = evaluation.missing_cells(cells, out)
         with click.progressbar(
                 length=evaluation.count_work(missing, pictures, knn), label=f'{len(missing)} rows',

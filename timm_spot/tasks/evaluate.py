@@ -9,252 +9,22 @@ earlier one ended; `speed.csv`, of the same keys, holds what no two runs measure
 from __future__ import annotations
 
 import contextlib
-import csv
-import dataclasses
-import io
-import os
 import shutil
 import time
-from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
-from ..models.dht_vit import DhtVisionTransformer, TokenFeatures
-from ..models.spot_vit import SubpixelVisionTransformer
-from ..ops.samplers import get_sampler, sample_positions
-from . import prunings
-from .baselines import LowRes, patch_drop, random_patches, shrunk_grid, top_k
-from .data import Batch, Decoded, Pictures, check_classes
+from .cells import Cell, Knn
+from .data import Batch, Decoded, Pictures
 from .flops import count_flops
 from .knn import knn_predict, to_bank
 from .metrics import estimate_calibration, estimate_mean, score_logits
-from .oracle import optimize_positions
-from .oracle_run import draw_placements, image_generator, weights_digest
-from .predict import model_transform
 from .processes import Processes
-from .saliency_maps import saliency_source
+from .results import COLUMNS, METRICS, RESULTS, SPEED, SPEED_COLUMNS, Row, append_row, identity, read_rows
 
-BASELINES = ('patch-drop', 'low-res', 'top-k')
-AS_IT_IS = 'as it is'
-REGIONS = 'regions'
-RESULTS, SPEED = 'results.csv', 'speed.csv'
-KEY = (
-    'data', 'data_sha', 'split', 'model', 'weights', 'sampler', 'n_tokens', *prunings.COLUMNS, 'seeds', 'saliency',
-    'knn', 'amp')
-_METRICS = ('top1', 'top5', 'nll', 'ece', 'knn_top1')
-COLUMNS = (
-    *KEY, 'images', 'skipped', *(f'{m}{suffix}' for m in _METRICS for suffix in ('', '_se', '_se_seeds')), 'gflops')
-SPEED_COLUMNS = (*KEY, 'images_per_s')
 _PERCENT = ('top1', 'top5', 'ece', 'knn_top1')
-
-Row = Dict[str, str]
-# From normalised images, labels, their numbers in the data set and their files, for a seed, to what `forward_head`
-# takes: tokens after the norm.
-Tokens = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, Sequence[str], int], Union[torch.Tensor, TokenFeatures]]
-
-
-@dataclasses.dataclass
-class Knn:
-    """Nearest-neighbour classification, see `knn_predict`."""
-
-    train: Pictures
-    k: int = 20
-    temperature: float = 0.07
-
-    @property
-    def key(self) -> str:
-        return f'{self.train.source} {self.train.digest()} k={self.k} T={self.temperature}'
-
-
-@dataclasses.dataclass
-class Cell:
-    """One row to compute."""
-
-    key: Row
-    model: nn.Module
-    tokens: Tokens
-    seeds: Tuple[int, ...]
-
-
-def list_cells(
-        models: Dict[str, nn.Module],
-        pictures: Pictures,
-        split: str,
-        samplers: Sequence[str],
-        budgets: Sequence[int],
-        oracle: Optional[str] = None,
-        baselines: Sequence[str] = (),
-        seeds: Sequence[int] = (0,),
-        saliency: str = 'spectral',
-        knn: Optional[Knn] = None,
-        amp: Optional[str] = None,
-        scorers: Sequence[str] = (),
-        keep_rates: Sequence[float] = (),
-) -> List[Cell]:
-    """The rows that an evaluation has, in order; nothing is computed yet.
-
-    Subpixel ViTs have a row for each sampler and budget; dHT models, whose tokens are regions, one for each budget;
-    other VisionTransformers, and subpixel ones, one for each baseline and budget; models that have no budget one as
-    they are. Where tokens are dropped (`scorers`, or a model that does it by itself), each of these but the baselines
-    is a row for each scorer and keep rate.
-
-    Raises:
-        ValueError: Something unknown, or that a model or its image size does not allow.
-    """
-    unknown = [b for b in baselines if b not in BASELINES]
-    if unknown:
-        raise ValueError(f"baselines={','.join(baselines)} has the unknown {unknown[0]!r}: {', '.join(BASELINES)}.")
-    prunings.check_prunings(models, scorers, keep_rates)
-    cells = []
-    for name, model in models.items():
-        check_classes(pictures, model)
-        if not model.num_classes and knn is None:
-            raise ValueError(f'{name} has no classifier: give --knn, to classify by nearest neighbours.')
-        pruned = prunings.list_prunings(model, scorers, keep_rates)
-        common = dict(
-            dict.fromkeys(prunings.COLUMNS, ''),
-            data=pictures.source, data_sha=pictures.digest(), split=split, model=name,
-            weights=weights_digest(model)[:12], saliency='', amp=amp or '', knn=knn.key if knn else '')
-
-        def add(
-                sampler: str,
-                n_tokens: Optional[int],
-                tokens: Tokens,
-                stochastic: bool,
-                model: nn.Module = model,
-                common: Row = common,
-                **changes: Any,
-        ) -> None:
-            used = tuple(seeds) if stochastic else (0,)
-            key = dict(
-                common, sampler=sampler, n_tokens='' if n_tokens is None else str(n_tokens),
-                seeds=' '.join(map(str, used)) if stochastic else '')
-            cells.append(Cell({**key, **changes}, model, tokens, used))
-
-        def add_each(
-                sampler: str,
-                n_tokens: Optional[int],
-                tokens_of: Callable[[nn.Module], Tokens],
-                stochastic: bool,
-                model: nn.Module = model,
-                pruned: Sequence[prunings.Pruning] = pruned,
-                add: Callable[..., None] = add,
-                **changes: Any,
-        ) -> None:
-            """Add the row, or, where tokens are dropped, that of each scorer and keep rate."""
-            if not pruned:
-                add(sampler, n_tokens, tokens_of(model), stochastic, **changes)
-            for pruning in pruned:
-                add(sampler, n_tokens, _pruned(tokens_of(pruning.model), pruning), stochastic or pruning.stochastic,
-                    model=pruning.model, **pruning.key, **changes)
-
-        size = model.pretrained_cfg['input_size'][1:]
-        if isinstance(model, SubpixelVisionTransformer):
-            read_maps = saliency_source(saliency, model, model_transform(model))
-            for sampler in samplers:
-                stochastic, maps = not get_sampler(sampler).deterministic, 'saliency' in get_sampler(sampler).keywords
-                for n in budgets:
-                    if not stochastic:
-                        # Refuses a budget that a grid has not before any work.
-                        sample_positions(sampler, n, size, window=model.patch_embed.window)
-                    add_each(
-                        sampler, n, partial(_placed, sampler=sampler, n_tokens=n, read_maps=read_maps), stochastic,
-                        saliency=saliency if maps else '')
-            if oracle is not None:
-                stochastic = not get_sampler(oracle).deterministic
-                maps = 'saliency' in get_sampler(oracle).keywords
-                for n in budgets:
-                    # No nearest neighbours: their labels would have to be searched with.
-                    add_each(
-                        f'oracle {oracle}', n,
-                        partial(_searched, init=oracle, n_tokens=n, read_maps=read_maps, amp=amp), stochastic,
-                        saliency=saliency if maps else '', knn='')
-        elif isinstance(model, DhtVisionTransformer):
-            for n in budgets:
-                add(REGIONS, n, _merged(model, n), False)
-            continue
-        else:
-            n_patches = model.patch_embed.num_patches if isinstance(model, VisionTransformer) else None
-            add_each(AS_IT_IS, n_patches, _as_it_is, False)
-        if not isinstance(model, VisionTransformer):
-            continue
-        for baseline in baselines:
-            low_res = LowRes(model)
-            for n in budgets:
-                if baseline == 'patch-drop':
-                    add(baseline, n, _dropped(model, n), True)
-                elif baseline == 'low-res':
-                    shrunk_grid(size, n)
-                    add(baseline, n, _shrunk(low_res, n), False)
-                else:
-                    add(baseline, n, _top_k(model, n), False)
-    return cells
-
-
-def _placed(model: nn.Module, sampler: str, n_tokens: int, read_maps: Callable) -> Tokens:
-    def tokens(images: torch.Tensor, _: torch.Tensor, index: torch.Tensor, files: Sequence[str], seed: int
-               ) -> torch.Tensor:
-        maps = read_maps(images, files) if 'saliency' in get_sampler(sampler).keywords else None
-        return model.forward_features(images, draw_placements(model, images, sampler, n_tokens, maps, index, seed))
-
-    return tokens
-
-
-def _searched(model: nn.Module, init: str, n_tokens: int, read_maps: Callable, amp: Optional[str]) -> Tokens:
-    def tokens(images: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, files: Sequence[str], seed: int
-               ) -> torch.Tensor:
-        maps = read_maps(images, files) if 'saliency' in get_sampler(init).keywords else None
-        start = draw_placements(model, images, init, n_tokens, maps, index, seed)
-        found = optimize_positions(
-            model, images, labels, init=start, record=False, amp_dtype=getattr(torch, amp) if amp else None)
-        return model.forward_features(images, found.positions)
-
-    return tokens
-
-
-def _merged(model: nn.Module, n_tokens: int) -> Tokens:
-    def tokens(images: torch.Tensor, *_: Any) -> TokenFeatures:
-        model.patch_embed.set_budget(n_tokens)
-        return model.forward_features(images)
-
-    return tokens
-
-
-def _as_it_is(model: nn.Module) -> Tokens:
-    return lambda images, labels, index, files, seed: model.forward_features(images)
-
-
-def _pruned(tokens: Tokens, pruning: prunings.Pruning) -> Tokens:
-    def pruned(images: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, files: Sequence[str], seed: int
-               ) -> torch.Tensor:
-        pruning.apply(seed)
-        return tokens(images, labels, index, files, seed)
-
-    return pruned
-
-
-def _dropped(model: nn.Module, n_tokens: int) -> Tokens:
-    def tokens(images: torch.Tensor, _: torch.Tensor, index: torch.Tensor, files: Sequence[str], seed: int
-               ) -> torch.Tensor:
-        height, width = model.patch_embed.patch_size
-        n_patches = (images.shape[-2] // height) * (images.shape[-1] // width)
-        kept = [random_patches(n_patches, n_tokens, image_generator(seed, i)) for i in index.tolist()]
-        return patch_drop(model, images, torch.stack(kept))
-
-    return tokens
-
-
-def _shrunk(low_res: LowRes, n_tokens: int) -> Tokens:
-    return lambda images, labels, index, files, seed: low_res(images, n_tokens)
-
-
-def _top_k(model: nn.Module, n_tokens: int) -> Tokens:
-    return lambda images, labels, index, files, seed: top_k(model, images, n_tokens)
 
 
 def evaluate(
@@ -306,8 +76,8 @@ def evaluate(
             rate = int(row['images']) * len(cell.seeds) / max(processes.gather([seconds]))
             if processes.is_main:
                 # The result comes last: whoever has it has the speed as well.
-                _append(out / SPEED, SPEED_COLUMNS, {**cell.key, 'images_per_s': f'{rate:.1f}'})
-                _append(out / RESULTS, COLUMNS, row)
+                append_row(out / SPEED, SPEED_COLUMNS, {**cell.key, 'images_per_s': f'{rate:.1f}'})
+                append_row(out / RESULTS, COLUMNS, row)
     processes.gather([None])  # no process may still read
     if missing and processes.is_main:
         shutil.rmtree(folder)
@@ -329,42 +99,8 @@ def missing_cells(cells: Sequence[Cell], out: Path) -> List[Cell]:
     rows = read_rows(out / RESULTS)
     if rows and tuple(rows[0]) != COLUMNS:
         raise ValueError(f'{out / RESULTS} has other columns, it is of another version: give another folder.')
-    done = {_identity(row) for row in rows}
-    return [cell for cell in cells if _identity(cell.key) not in done]
-
-
-def read_rows(path: Path) -> List[Row]:
-    """Rows of a CSV that `evaluate` appends to; a last line that a kill left unfinished is cut off the file."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding='utf-8')
-    whole = text[:text.rfind('\n') + 1]
-    if whole != text:
-        path.write_text(whole, encoding='utf-8')
-    return list(csv.DictReader(io.StringIO(whole)))
-
-
-def read_results(out: Path) -> List[Row]:
-    """All rows in a folder, with their speeds."""
-    speeds = {_identity(row): row['images_per_s'] for row in read_rows(out / SPEED)}
-    return [dict(row, images_per_s=speeds[_identity(row)]) for row in read_rows(out / RESULTS)]
-
-
-def _identity(row: Row) -> Tuple[str, ...]:
-    return tuple(row[name] for name in KEY)
-
-
-def _append(path: Path, columns: Sequence[str], row: Row) -> None:
-    """Append a row in one write, on the disk when this returns."""
-    line = io.StringIO()
-    writer = csv.DictWriter(line, columns, lineterminator='\n')
-    if not path.exists() or path.stat().st_size == 0:
-        writer.writeheader()
-    writer.writerow(row)
-    with path.open('a', encoding='utf-8') as file:
-        file.write(line.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
+    done = {identity(row) for row in rows}
+    return [cell for cell in cells if identity(cell.key) not in done]
 
 
 def _compute(
@@ -410,7 +146,7 @@ def _compute(
     stacked = {name: torch.stack(values) for name, values in scores.items()}  # S B
     count = len(order)
     groups = batches.pictures.groups
-    estimates = {name: estimate_mean(stacked[name], groups) for name in _METRICS if name in stacked}
+    estimates = {name: estimate_mean(stacked[name], groups) for name in METRICS if name in stacked}
     if 'top1' in stacked:
         estimates['ece'] = estimate_calibration(stacked['confidence'], stacked['top1'], groups)
     row = {**cell.key, 'images': str(count), 'skipped': str(len(batches.broken)), 'gflops': f'{flops / 1e9:.4f}'}

@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from ..models.spot_vit import SubpixelVisionTransformer
+from .cells import AS_IT_IS, BASELINES
 from .data import Pictures
-from .evaluate import AS_IT_IS, BASELINES, Row, draw_placements, read_results
+from .oracle_run import draw_placements
 from .predict import denormalize, model_transform
+from .results import Row, read_results
 from .saliency_maps import saliency_source
 
 if TYPE_CHECKING:
