@@ -121,7 +121,7 @@ def format_table(runs: Dict[str, List[float]]) -> str:
 
 @click.command(help=__doc__)
 @click.option('--out', type=click.Path(path_type=Path), required=True, help='JSON file of the runs.')
-@click.option('--steps', default=300, show_default=True)
+@click.option('--steps', default=1500, show_default=True)
 @click.option('--batch-size', default=64, show_default=True)
 @click.option('--lr', default=1e-2, show_default=True)
 @click.option('--seed', 'seeds', multiple=True, default=(0, 1, 2), show_default=True)
