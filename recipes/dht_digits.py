@@ -147,7 +147,7 @@ def train(kind: str, seed: int, steps: int, batch_size: int, lr: float, data: Di
 
 
 @click.command(help=__doc__)
-@click.option('--steps', default=600, show_default=True, help='Optimiser steps.')
+@click.option('--steps', default=1500, show_default=True, help='Optimiser steps.')
 @click.option('--batch-size', default=48, show_default=True)
 @click.option('--lr', default=4e-3, show_default=True)
 @click.option('--seeds', default=3, show_default=True)
