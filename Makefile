@@ -30,7 +30,7 @@ timm-test: .venv/.installed  ## Run timm's own model tests, from its source dist
 	$(BIN)/python tests/run_timm_tests.py
 
 bench: .venv/.installed  ## Measure speed and memory, write benchmarks/RESULTS.md (TOME=FOLDER: a clone of ToMe too)
-	@echo "== python -m benchmarks (about 10 minutes on two threads)"
+	@echo "== python -m benchmarks (about 20 minutes on two threads)"
 	$(BIN)/python -m benchmarks $(if $(TOME),--tome $(TOME))
 
 clean:  ## Remove .venv and build products

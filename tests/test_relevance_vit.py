@@ -175,6 +175,14 @@ def test_training_with_gradient_checkpoints_is_the_same():
     torch.testing.assert_close(*gradients)
 
 
+def test_shapes_on_the_meta_device():
+    """timm's own tests run there."""
+    with torch.device('meta'):
+        model = timm.create_model('relevance_deit_tiny_patch16_224', keep_rate=0.5).eval()
+        images = torch.randn(2, 3, 224, 224)
+    assert model.forward_features(images).shape == (2, 1 + 25, 192)
+
+
 def test_pruning_works_off_the_grid():
     torch.manual_seed(0)
     spot = timm.create_model('spot_vit_pico_patch8_64', n_tokens=49, sampler='sobol').eval()

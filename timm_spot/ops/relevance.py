@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+from contextlib import nullcontext
 from fractions import Fraction
 from typing import List, Optional, Tuple
 
@@ -45,8 +46,8 @@ def attention_statistics(
         (B, n, 5 * heads), float32, statistic by statistic.
     """
     # Matrix products with a vector of weights read the matrix once, many times faster than reductions along its axes;
-    # autocast would round what they sum.
-    with torch.autocast(attention.device.type, enabled=False):
+    # autocast, which the meta device does not know, would round what they sum.
+    with nullcontext() if attention.is_meta else torch.autocast(attention.device.type, enabled=False):
         attention = attention.float()
         weights, length = _token_weights(attention, num_prefix_tokens, keep)  # B 1 1 L, B 1 1
         squares = attention.square()
@@ -137,9 +138,9 @@ def keep_top(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Indices (B, count), ascending, of the largest of scores (B, N); of equal ones the first are taken.
 
     Raises:
-        ValueError: A score is NaN or infinite. (Not checked while a graph is captured.)
+        ValueError: A score is NaN or infinite. (Not checked while a graph is captured, nor on the meta device.)
     """
-    if not torch.compiler.is_compiling() and not scores.isfinite().all():
+    if not (scores.is_meta or torch.compiler.is_compiling()) and not scores.isfinite().all():
         image = scores.isfinite().all(dim=1).logical_not().nonzero()[0].item()
         raise ValueError(
             f'the relevance of tokens of image {image} is NaN or infinite, because its attention is: look for NaN in '
