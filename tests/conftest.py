@@ -39,3 +39,14 @@ def pico():
     """The smallest registered model, random weights from a fixed seed, in eval mode."""
     torch.manual_seed(0)
     return timm.create_model('spot_vit_pico_patch8_64').eval()
+
+
+@pytest.fixture
+def default_style():
+    """matplotlib as it comes, without windows; figures are closed afterwards."""
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend('Agg')
+    with plt.style.context('default'):
+        yield
+    plt.close('all')

@@ -1,66 +1,23 @@
-"""Pictures of placements and searches.
+"""Pictures of placements, and the golden images of all kinds.
 
 `python tests/test_draw.py` draws the golden images anew, to be looked at before a commit.
 """
 from __future__ import annotations
 
-import itertools
-import math
 from pathlib import Path
-from types import SimpleNamespace
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from drawing import place, read_photo, render, spirals
 from PIL import Image
 
 import timm_spot
-from timm_spot.tasks.figure import GREY, to_picture
 
-matplotlib.use('Agg')
+pytestmark = pytest.mark.usefixtures('default_style')
 
 GOLDEN = Path(__file__).parent / 'data' / 'draw'
-PHOTOS = Path(__file__).parent.parent / 'examples' / 'photos'
-
-
-@pytest.fixture(autouse=True)
-def default_style():
-    with matplotlib.style.context('default'):
-        yield
-    plt.close('all')
-
-
-def read_photo(name: str, width: int, height: int) -> Image.Image:
-    with Image.open(PHOTOS / f'{name}.jpg') as photo:
-        return photo.resize((width, height))
-
-
-def place(n_tokens: int, image: Image.Image) -> torch.Tensor:
-    return timm_spot.sample_positions(
-        'sobol', n_tokens, (image.height, image.width), generator=torch.Generator().manual_seed(0))
-
-
-def spirals(n_tokens: int, steps: int, turns: float = 1.) -> SimpleNamespace:
-    """Two images' worth of a search in which every token spirals outwards; in the second nothing moves."""
-    start = timm_spot.sample_positions('isotropic', n_tokens, (100, 100))[0]
-    angle = torch.linspace(0, 2 * math.pi * turns, steps + 1)[:, None] + torch.arange(n_tokens)
-    spiral = torch.stack([angle.sin(), angle.cos()], dim=-1) * torch.linspace(0, 0.09, steps + 1)[:, None, None]
-    losses = 0.2 + 2 * torch.linspace(0, -3, steps + 1).exp()
-    return SimpleNamespace(
-        trajectory=torch.stack([start + spiral, start.expand(steps + 1, -1, -1)]),
-        losses=torch.stack([losses, torch.ones(steps + 1)]))
-
-
-def render(figure: plt.Figure, dpi: int = 50, page: str = 'white') -> Image.Image:
-    """The figure as it looks on a page."""
-    figure.set_dpi(dpi)
-    figure.canvas.draw()
-    drawn = Image.fromarray(np.asarray(figure.canvas.buffer_rgba()))
-    on_page = Image.new('RGBA', drawn.size, page)
-    on_page.alpha_composite(drawn)
-    return on_page.convert('RGB')
 
 
 def paint(kind: str, folder: Path) -> Image.Image:
@@ -135,25 +92,6 @@ def test_seen_shows_windows_and_nothing_else():
     assert (seen[inside][:, 3] == 1).all() and (seen[~inside] == (0.5, 0.5, 0.5, 0.25)).all()
 
 
-def test_trajectory_has_start_path_and_end_of_every_token():
-    image, result = torch.zeros(3, 50, 100), spirals(9, 20)
-    picture, loss = timm_spot.draw_trajectory(image, result)
-    start, end = (c.get_offsets() for c in picture.collections)
-    for offsets, step in ((start, 0), (end, -1)):
-        np.testing.assert_allclose(offsets, (result.trajectory[0, step] * torch.tensor([50, 100]) - 0.5).flip(-1))
-    assert len(picture.lines) == 9 and all(len(line.get_xdata()) == 21 for line in picture.lines)
-    np.testing.assert_allclose(loss.lines[0].get_ydata(), result.losses[0])
-    assert [text.get_text() for text in picture.get_legend().get_texts()] == ['start', 'end']
-
-
-def test_a_token_that_left_the_image_is_still_drawn():
-    result = SimpleNamespace(
-        trajectory=torch.tensor([[[[0.9, 0.1]], [[1.2, -0.1]]]]), losses=torch.tensor([[1., 0.5]]))
-    picture, _ = timm_spot.draw_trajectory(torch.zeros(3, 100, 100), result)
-    (left, right), (bottom, top) = picture.get_xlim(), picture.get_ylim()
-    np.testing.assert_allclose((left, right, bottom, top), (-10.5, 99.5, 119.5, -0.5), rtol=1e-5)
-
-
 def test_pruning_outlines_survivors_and_numbers_the_others_by_stage():
     positions = timm_spot.sample_positions('isotropic', 4, (32, 32))[0]
     kept = [torch.tensor([[0, 2, 3]]), torch.tensor([[2]])]
@@ -214,22 +152,6 @@ def test_nothing_overlaps_and_the_aspect_is_kept(kind, width, height):
             assert across < 1 or down < 1, (a, b)
 
 
-def contrast(a: str, b: str) -> float:
-    """Contrast ratio of two colours, as in the Web Content Accessibility Guidelines."""
-    light, dark = sorted((
-        float(np.dot([((v + 0.055) / 1.055) ** 2.4 if v > 0.04045 else v / 12.92 for v in matplotlib.colors.to_rgb(c)],
-                     [0.2126, 0.7152, 0.0722])) for c in (a, b)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
-
-
-@pytest.mark.parametrize('page', ['white', '#0d1117', 'black'])
-def test_text_is_legible_on_light_and_dark_pages(page):
-    assert contrast(GREY, page) > 3.5
-    image = read_photo('cowbike', 64, 64)
-    drawn = np.asarray(render(timm_spot.draw_placement(image, place(4, image), 16).figure, page=page))
-    assert (drawn[0, 0] == np.round(np.array(matplotlib.colors.to_rgb(page)) * 255)).all()  # transparent margins
-
-
 def test_an_axes_of_ones_own_is_used():
     figure, ax = plt.subplots(facecolor='red')
     ax.set_ylabel('mine')
@@ -242,62 +164,10 @@ def test_an_axes_of_ones_own_is_used():
     assert (timm_spot.draw_trajectory(image, spirals(4, 3), axes=axes) == axes).all()
 
 
-def test_every_kind_of_image_is_the_same_picture():
-    photo = read_photo('cowbike', 30, 20)
-    array = np.array(photo)
-    tensor = torch.from_numpy(array).permute(2, 0, 1)
-    expected = array / 255
-    for image in (photo, array, tensor, tensor[None], tensor / 255, (tensor / 255)[None].requires_grad_()):
-        np.testing.assert_allclose(to_picture(image), expected, atol=1e-6)
-    low, high = expected.min(), expected.max()
-    np.testing.assert_allclose(to_picture((tensor / 255 - 0.5) / 0.5), (expected - low) / (high - low), atol=1e-5)
-    # Undoing a normalisation leaves [0, 1] by rounding: that must not stretch the picture.
-    np.testing.assert_allclose(to_picture(tensor / 510 - 1e-6), expected / 2, atol=1e-5)
-    grey = array[..., 0]
-    for image in (Image.fromarray(grey), grey, torch.from_numpy(grey)[None]):
-        np.testing.assert_allclose(to_picture(image), np.repeat(grey[..., None], 3, axis=2) / 255, atol=1e-6)
-
-
-@pytest.mark.parametrize('image, error, match', [
-    ('photo.jpg', TypeError, 'got str'),
-    (np.zeros((4, 4, 3)), TypeError, 'array of float64, pass uint8'),
-    (torch.zeros(2, 3, 4, 4), ValueError, r'\(2, 3, 4, 4\) is no single picture'),
-    (torch.zeros(4, 4, 3), ValueError, r'\(4, 4, 3\) is no single picture'),
-    (torch.full((3, 4, 4), math.nan), ValueError, 'NaN'),
-])
-def test_what_is_no_picture_is_refused(image, error, match):
-    with pytest.raises(error, match=match):
-        timm_spot.draw_placement(image, torch.zeros(1, 2), 2)
-
-
-def test_wrong_positions_and_results_are_refused(tmp_path):
+def test_wrong_positions_are_refused():
     image = torch.zeros(3, 32, 32)
     with pytest.raises(ValueError, match=r'shape \(N, 2\), one placement, got \(2, 9, 2\)'):
         timm_spot.draw_placement(image, torch.zeros(2, 9, 2), 8)
-    with pytest.raises(ValueError, match='record=True'):
-        timm_spot.draw_trajectory(image, SimpleNamespace(trajectory=None, losses=torch.zeros(1, 2)))
-    with pytest.raises(ValueError, match='index=2 does not exist, the result holds 2 images'):
-        timm_spot.draw_trajectory(image, spirals(4, 3), index=2)
-    with pytest.raises(ValueError, match=r"film\.avi' must end in \.gif or \.mp4"):
-        timm_spot.animate(image, spirals(4, 3), 8, tmp_path / 'film.avi')
-
-
-def test_film_has_a_frame_for_each_step(tmp_path):
-    path = timm_spot.animate(read_photo('cowbike', 64, 64), spirals(4, 6), 8, str(tmp_path / 'film.gif'), fps=10)
-    assert path == tmp_path / 'film.gif'
-    with Image.open(path) as film:
-        assert film.n_frames == 7 and film.info['duration'] == 100
-        frames = []
-        for i in range(7):
-            film.seek(i)
-            frames.append(np.asarray(film.convert('RGB'), dtype=int))
-    assert all(np.abs(a - b).max() > 40 for a, b in itertools.pairwise(frames))
-
-
-def test_film_without_ffmpeg_says_so(tmp_path, monkeypatch):
-    monkeypatch.setenv('PATH', str(tmp_path))
-    with pytest.raises(RuntimeError, match='needs the program ffmpeg'):
-        timm_spot.animate(torch.zeros(3, 32, 32), spirals(4, 3), 8, tmp_path / 'film.mp4')
 
 
 if __name__ == '__main__':

@@ -3,22 +3,13 @@ from __future__ import annotations
 
 import math
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 
 import timm_spot
 
-matplotlib.use('Agg')
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    plt.close('all')
-
+pytestmark = pytest.mark.usefixtures('default_style')
 
 REGIONS = torch.tensor([[4, 4, 4], [4, 4, 7], [4, 7, 7]])
 
