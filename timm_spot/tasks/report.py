@@ -45,6 +45,10 @@ svg { width: 36rem; max-width: 100%; height: auto; display: block; margin: 1rem 
 .placements { display: flex; flex-wrap: wrap; gap: .5rem; }
 .placements figure { margin: 0; width: 9rem; } .placements img { width: 100%; }
 figcaption { font-size: .85rem; text-align: center; }
+@media screen and (min-width: 68rem) {
+  body { max-width: 76rem; } p { max-width: 62rem; } svg { display: inline-block; width: 35rem; max-width: 49%; }
+  th:first-child, td:first-child { min-width: 14rem; max-width: 22rem; }
+}
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
   .scroll { overflow: visible; } table { font-size: 7.5pt; } th, td { padding: .1rem .3rem; }
@@ -162,11 +166,12 @@ def _html_table(rows: Sequence[Row], by: str) -> str:
 
 
 def _html_details(rows: Sequence[Row]) -> str:
-    lines = [['placement', 'tokens', *_TITLES.values()]]
+    measured = [metric for metric in _TITLES if any(row[metric] for row in rows)]
+    lines = [['placement', 'tokens', *(_TITLES[metric] for metric in measured)]]
     for row in rows:
         keep = f", keep {row['keep_rate']}" if row['scorer'] else ''
         line = [html.escape(_label(row, rows) + keep), row['n_tokens']]
-        for metric in _TITLES:
+        for metric in measured:
             errors = ''.join(
                 f" <small>± {float(row[metric + suffix]):.2f}{mark}</small>"
                 for suffix, mark in (('_se', ''), ('_se_seeds', ' (seeds)')) if row.get(metric + suffix))
@@ -186,7 +191,7 @@ def _plot(rows: Sequence[Row], by: str, x: str) -> Figure:
     """Accuracy against a column: a line for each placement or scorer, with the standard error of each point."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogFormatter, ScalarFormatter
 
     figure = Figure(figsize=(5, 4.8), layout='constrained')
     ax = figure.subplots()
@@ -205,8 +210,9 @@ def _plot(rows: Sequence[Row], by: str, x: str) -> Figure:
             linestyle=('-', '--', ':')[i // 10 % 3], markersize=5, capsize=2, linewidth=1.3)
     ax.set_xscale('linear' if x == 'gflops' else 'log')
     ax.xaxis.set_major_formatter(ScalarFormatter())
-    ax.xaxis.set_minor_formatter(ScalarFormatter() if x == 'n_tokens' else '')
-    if x == 'n_tokens':
+    if x == 'images_per_s':
+        ax.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))  # within a decade label others too
+    elif x == 'n_tokens':
         budgets = sorted({int(row['n_tokens']) for row in rows if row['n_tokens']})
         ax.set_xticks(budgets, [str(n) for n in budgets])
         ax.set_xticks([], minor=True)
