@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -21,7 +21,6 @@ from .predict import model_transform
 from .results import Row
 from .saliency_maps import saliency_source
 
-BASELINES = ('patch-drop', 'low-res', 'top-k')
 AS_IT_IS = 'as it is'
 REGIONS = 'regions'
 
@@ -93,80 +92,86 @@ def list_cells(
             dict.fromkeys(prunings.COLUMNS, ''),
             data=pictures.source, data_sha=pictures.digest(), split=split, model=name,
             weights=weights_digest(model)[:12], saliency='', amp=amp or '', knn=knn.key if knn else '')
-
-        def add(
-                sampler: str,
-                n_tokens: Optional[int],
-                tokens: Tokens,
-                stochastic: bool,
-                model: nn.Module = model,
-                common: Row = common,
-                **changes: Any,
-        ) -> None:
-            used = tuple(seeds) if stochastic else (0,)
-            key = dict(
-                common, sampler=sampler, n_tokens='' if n_tokens is None else str(n_tokens),
-                seeds=' '.join(map(str, used)) if stochastic else '')
-            cells.append(Cell({**key, **changes}, model, tokens, used))
-
-        def add_each(
-                sampler: str,
-                n_tokens: Optional[int],
-                tokens_of: Callable[[nn.Module], Tokens],
-                stochastic: bool,
-                model: nn.Module = model,
-                pruned: Sequence[prunings.Pruning] = pruned,
-                add: Callable[..., None] = add,
-                **changes: Any,
-        ) -> None:
-            """Add the row, or, where tokens are dropped, that of each scorer and keep rate."""
-            if not pruned:
-                add(sampler, n_tokens, tokens_of(model), stochastic, **changes)
-            for pruning in pruned:
-                add(sampler, n_tokens, _pruned(tokens_of(pruning.model), pruning), stochastic or pruning.stochastic,
-                    model=pruning.model, **pruning.key, **changes)
-
-        size = model.pretrained_cfg['input_size'][1:]
-        if isinstance(model, SubpixelVisionTransformer):
-            read_maps = saliency_source(saliency, model, model_transform(model))
-            for sampler in samplers:
-                stochastic, maps = not get_sampler(sampler).deterministic, 'saliency' in get_sampler(sampler).keywords
-                for n in budgets:
-                    if not stochastic:
-                        # Refuses a budget that a grid has not before any work.
-                        sample_positions(sampler, n, size, window=model.patch_embed.window)
-                    add_each(
-                        sampler, n, partial(_placed, sampler=sampler, n_tokens=n, read_maps=read_maps), stochastic,
-                        saliency=saliency if maps else '')
-            if oracle is not None:
-                stochastic = not get_sampler(oracle).deterministic
-                maps = 'saliency' in get_sampler(oracle).keywords
-                for n in budgets:
-                    # No nearest neighbours: their labels would have to be searched with.
-                    add_each(
-                        f'oracle {oracle}', n,
-                        partial(_searched, init=oracle, n_tokens=n, read_maps=read_maps, amp=amp), stochastic,
-                        saliency=saliency if maps else '', knn='')
-        elif isinstance(model, DhtVisionTransformer):
-            for n in budgets:
-                add(REGIONS, n, _merged(model, n), False)
-            continue
-        else:
-            n_patches = model.patch_embed.num_patches if isinstance(model, VisionTransformer) else None
-            add_each(AS_IT_IS, n_patches, _as_it_is, False)
-        if not isinstance(model, VisionTransformer):
-            continue
-        for baseline in baselines:
-            low_res = LowRes(model)
-            for n in budgets:
-                if baseline == 'patch-drop':
-                    add(baseline, n, _dropped(model, n), True)
-                elif baseline == 'low-res':
-                    shrunk_grid(size, n)
-                    add(baseline, n, _shrunk(low_res, n), False)
-                else:
-                    add(baseline, n, _top_k(model, n), False)
+        for way in _list_ways(model, samplers, budgets, oracle, baselines, saliency, amp):
+            budget = '' if way.n_tokens is None else str(way.n_tokens)
+            key = dict(common, sampler=way.sampler, n_tokens=budget, **way.key)
+            if not (pruned and way.drops):
+                cells.append(_cell(key, model, way.tokens(model), way.stochastic, seeds))
+                continue
+            cells += [
+                _cell({**key, **p.key}, p.model, _pruned(way.tokens(p.model), p), way.stochastic or p.stochastic, seeds)
+                for p in pruned]
     return cells
+
+
+def _cell(key: Row, model: nn.Module, tokens: Tokens, stochastic: bool, seeds: Sequence[int]) -> Cell:
+    used = tuple(seeds) if stochastic else (0,)
+    return Cell(dict(key, seeds=' '.join(map(str, used)) if stochastic else ''), model, tokens, used)
+
+
+class _Way(NamedTuple):
+    """One way to give a model its tokens.
+
+    Attributes:
+        sampler: Its name in the table.
+        n_tokens: Budget, where there is one.
+        tokens: Makes the function of a `Cell`, for the model or for one that drops tokens.
+        stochastic: Whether it is drawn, once for each seed.
+        drops: Whether tokens may be dropped on the way.
+        key: What else determines its rows.
+    """
+
+    sampler: str
+    n_tokens: Optional[int]
+    tokens: Callable[[nn.Module], Tokens]
+    stochastic: bool = False
+    drops: bool = True
+    key: Row = {}
+
+
+def _list_ways(
+        model: nn.Module,
+        samplers: Sequence[str],
+        budgets: Sequence[int],
+        oracle: Optional[str],
+        baselines: Sequence[str],
+        saliency: str,
+        amp: Optional[str],
+) -> Iterator[_Way]:
+    """The ways that suit a model, in the order of the table; a budget that one cannot have is refused here already."""
+    size = model.pretrained_cfg['input_size'][1:]
+    if isinstance(model, DhtVisionTransformer):
+        for n in budgets:
+            yield _Way(REGIONS, n, partial(_merged, n_tokens=n))
+        return
+    if isinstance(model, SubpixelVisionTransformer):
+        read_maps = saliency_source(saliency, model, model_transform(model))
+        for sampler in samplers:
+            stochastic, maps = not get_sampler(sampler).deterministic, 'saliency' in get_sampler(sampler).keywords
+            for n in budgets:
+                if not stochastic:
+                    sample_positions(sampler, n, size, window=model.patch_embed.window)
+                yield _Way(
+                    sampler, n, partial(_placed, sampler=sampler, n_tokens=n, read_maps=read_maps), stochastic,
+                    key=dict(saliency=saliency if maps else ''))
+        if oracle is not None:
+            stochastic, maps = not get_sampler(oracle).deterministic, 'saliency' in get_sampler(oracle).keywords
+            for n in budgets:
+                # No nearest neighbours: their labels would have to be searched with.
+                yield _Way(
+                    f'oracle {oracle}', n, partial(_searched, init=oracle, n_tokens=n, read_maps=read_maps, amp=amp),
+                    stochastic, key=dict(saliency=saliency if maps else '', knn=''))
+    else:
+        n_patches = model.patch_embed.num_patches if isinstance(model, VisionTransformer) else None
+        yield _Way(AS_IT_IS, n_patches, _as_it_is)
+    if not isinstance(model, VisionTransformer):
+        return
+    for baseline in baselines:
+        for n in budgets:
+            if baseline == 'low-res':
+                shrunk_grid(size, n)
+            yield _Way(
+                baseline, n, partial(BASELINES[baseline], n_tokens=n), stochastic=baseline == 'patch-drop', drops=False)
 
 
 def _placed(model: nn.Module, sampler: str, n_tokens: int, read_maps: Callable) -> Tokens:
@@ -222,9 +227,13 @@ def _dropped(model: nn.Module, n_tokens: int) -> Tokens:
     return tokens
 
 
-def _shrunk(low_res: LowRes, n_tokens: int) -> Tokens:
+def _shrunk(model: nn.Module, n_tokens: int) -> Tokens:
+    low_res = LowRes(model)
     return lambda images, labels, index, files, seed: low_res(images, n_tokens)
 
 
 def _top_k(model: nn.Module, n_tokens: int) -> Tokens:
     return lambda images, labels, index, files, seed: top_k(model, images, n_tokens)
+
+
+BASELINES = {'patch-drop': _dropped, 'low-res': _shrunk, 'top-k': _top_k}
