@@ -1,12 +1,11 @@
 """Time of the hierarchical tokenizer as a share of a base model's forward pass, and its growth with the image.
 
-    OMP_NUM_THREADS=2 python benchmarks/dht_speed.py --plot docs/images/dht_speed.png
+    OMP_NUM_THREADS=2 python -m benchmarks.dht_speed --plot docs/images/dht_speed.png
 
 Wall-clock time, the least of several runs, on a machine that does nothing else.
 """
 from __future__ import annotations
 
-import resource
 import time
 from pathlib import Path
 from typing import Callable, Optional, Sequence
@@ -18,6 +17,8 @@ import torch
 import timm_spot
 from timm_spot.tasks.figure import BLUE, GREY
 from timm_spot.tasks.vectorize import read_picture
+
+from .measure import peak
 
 PHOTOS = Path(__file__).parent.parent / 'examples' / 'photos'
 SIDES = (224, 320, 448, 640, 832, 1024)
@@ -38,11 +39,6 @@ def crops(side: int, batch_size: int) -> torch.Tensor:
     photos = [torch.nn.functional.interpolate(p, (side, side), mode='bicubic', antialias=True) for p in photos]
     images = [p.roll(37 * i, -1).rot90(i, (2, 3)) for i in range(batch_size) for p in photos]
     return torch.cat(images[:batch_size])
-
-
-def peak_memory() -> float:
-    """Most memory that the process has had so far, GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
 def draw(times: Sequence[float], path: Path) -> None:
@@ -80,7 +76,7 @@ def main(batch_size: int, runs: int, plot: Optional[Path]) -> None:
         released(image)
         times.append(least(lambda image=image: released(image), runs))
         click.echo(f'{side:5d} px  {times[-1]:7.0f} ms  {1e6 * times[-1] / side ** 2:.0f} ns per pixel')
-    click.echo(f'peak memory of the process so far {peak_memory():.2f} GiB')
+    click.echo(f'peak memory of the process so far {peak("cpu") / 1024:.2f} GiB')
 
     images = crops(224, batch_size)
     model = timm.create_model('dht_vit_base_patch16_in1k').eval()
@@ -94,7 +90,7 @@ def main(batch_size: int, runs: int, plot: Optional[Path]) -> None:
         ms = least(function, runs)
         click.echo(f'{name:30s} {ms:7.0f} ms for {batch_size} images of 224 x 224, {ms / forward:.1%} of the forward')
     click.echo(f'{"whole forward":30s} {forward:7.0f} ms')
-    click.echo(f'peak memory of the process {peak_memory():.2f} GiB')
+    click.echo(f'peak memory of the process {peak("cpu") / 1024:.2f} GiB')
     if plot is not None:
         draw(times, plot)
 

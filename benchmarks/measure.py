@@ -51,7 +51,7 @@ class Section:
         self.judged.append((what, bar, f'{measured:.2f}{unit}', 'held' if held else 'missed'))
 
 
-def alternate(calls: Dict[str, Callable[[], Any]], config: Config, rounds: int = 30) -> Dict[str, float]:
+def alternate(calls: Dict[str, Callable[[], Any]], config: Config, rounds: int = 300) -> Dict[str, float]:
     """Median seconds of each call.
 
     They are called in turn, so that other load on the machine meets them alike, in another order each round: what ran

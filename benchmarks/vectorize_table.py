@@ -1,7 +1,7 @@
 """What raster to vector costs and keeps, as a Markdown table: with the settings of the command and of the function.
 
     pip install resvg-py
-    python benchmarks/vectorize_table.py [PHOTO ...]
+    python -m benchmarks.vectorize_table [PHOTO ...]
 
 Every file is parsed strictly and rendered by resvg; the PSNR of the rendering stands beside that of filling each region
 with its mean colour. By default the photographs are those in examples/photos.

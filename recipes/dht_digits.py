@@ -22,6 +22,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import create_optimizer_v2, muon
 from timm.scheduler import CosineLRScheduler
 from torch import nn
+from train_digits import sine_table
 
 import timm_spot
 from timm_spot.models import Regions
@@ -99,23 +100,17 @@ class Canvases:
         return model(to_input(self.pixels[chosen], model))
 
 
-def sines(dim: int, side: int = 8, scale: float = 0.5) -> torch.Tensor:
-    """Sine-cosine position table (side, side, dim)."""
-    angle = torch.arange(side)[:, None] / 100 ** (torch.arange(dim // 4) / (dim // 4))
-    axis = torch.cat([angle.sin(), angle.cos()], dim=1)
-    return scale * torch.cat([axis[None].expand(side, -1, -1), axis[:, None].expand(-1, side, -1)], dim=2)
-
-
 @torch.no_grad()
 def create(kind: str) -> nn.Module:
     if kind == 'patches':
         model = timm.create_model('vit_tiny_patch16_224', weight_init='jax', **SIZE)
-        model.pos_embed[:, 1:] = sines(model.embed_dim).flatten(0, 1)
+        model.pos_embed[:, 1:] = 0.5 * sine_table(model.embed_dim, 8).flatten(0, 1)
     else:
         model = timm.create_model(
             'dht_vit_pico_patch8_64', weight_init='jax', n_tokens=N_TOKENS, init_values=None, **SIZE)
         embed = model.patch_embed
-        embed.pos_proj.weight.copy_(fit_histogram_weights(sines(model.embed_dim), embed.pos_size, embed.pos_scale))
+        table = 0.5 * sine_table(model.embed_dim, 8)
+        embed.pos_proj.weight.copy_(fit_histogram_weights(table, embed.pos_size, embed.pos_scale))
         embed.tokenizer.requires_grad_(False)
     model.pretrained_cfg = dict(model.pretrained_cfg, mean=(MEAN,) * 3, std=(STD,) * 3)
     return model

@@ -25,11 +25,11 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import save_for_hf
-from torch.utils.flop_counter import FlopCounterMode
 
 import timm_spot
 from timm_spot.tasks.data import Pictures
 from timm_spot.tasks.digits import draw_canvases, load_digits, to_input
+from timm_spot.tasks.flops import count_flops
 from timm_spot.tasks.metrics import estimate_mean
 from timm_spot.tasks.predict import model_transform
 from timm_spot.tasks.relevance import RelevanceTask
@@ -87,13 +87,6 @@ def train(
 def correct(model: torch.nn.Module, batches: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
     """Whether each canvas is read right, (canvases,)."""
     return torch.cat([model(images).argmax(dim=1) for images in batches]) == labels
-
-
-def gflops(model: torch.nn.Module, images: torch.Tensor) -> float:
-    """10^9 multiply-adds for one image."""
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(images[:1])
-    return counter.get_total_flops() / 2 / 1e9
 
 
 def with_rival(model: torch.nn.Module, scorer: str, seed: int) -> torch.nn.Module:
@@ -163,7 +156,7 @@ def main(out: Path, steps: int, batch_size: int, seeds: int, tune: bool) -> None
         accuracy, error = mean_and_error(hits, held_out.groups)
         rows.append(dict(
             name=name, n_tokens=n_tokens, sampler=sampler, keep_rate=keep_rate,
-            gflops=gflops(group[0], batches[0]), accuracy=accuracy, error=error))
+            gflops=count_flops(group[0], batches[0][:1]) / 2e9, accuracy=accuracy, error=error))
         return hits
 
     def compare(column: str, difference: torch.Tensor) -> None:

@@ -38,12 +38,16 @@ CANVASES_PER_DIGIT = 10  # in the held-out evaluation
 
 
 @torch.no_grad()
-def start_from_sines(embed: torch.nn.Module, side: int = 14, scale: float = 0.5) -> None:
-    """Let the position columns begin as those of a sine-cosine position table: near positions look alike at once."""
-    dim = embed.pos_proj.out_features
+def sine_table(dim: int, side: int) -> torch.Tensor:
+    """Sine-cosine position table (side, side, dim)."""
     angle = torch.arange(side)[:, None] / 100 ** (torch.arange(dim // 4) / (dim // 4))
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)
-    table = torch.cat([axis[None].expand(side, -1, -1), axis[:, None].expand(-1, side, -1)], dim=2)
+    return torch.cat([axis[None].expand(side, -1, -1), axis[:, None].expand(-1, side, -1)], dim=2)
+
+
+def start_from_sines(embed: torch.nn.Module, side: int = 14, scale: float = 0.5) -> None:
+    """Let the position columns begin as those of a sine-cosine position table: near positions look alike at once."""
+    table = sine_table(embed.pos_proj.out_features, side)
     sigma = patch_sigma(embed.n_sigma, embed.pos_nodes)
     embed.pos_proj.weight.copy_(scale * fit_position_weights(table, embed.pos_nodes, sigma))
 

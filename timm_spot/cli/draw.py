@@ -59,7 +59,6 @@ def draw(
     means       each of them filled with its mean colour
     hierarchy   its levels, one by one
     """
-
     with clean_errors():
         model = create_model(name, weights, n_tokens=n_tokens)
         transform, embed = prediction.model_transform(model), model.patch_embed
