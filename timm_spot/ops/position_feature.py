@@ -44,12 +44,7 @@ def position_feature(positions: torch.Tensor, nodes: int, sigma: torch.Tensor, s
         token_scale = token_best - token_best.amax(dim=1, keepdim=True)
         log_phi = log_phi - best + torch.stack([token_scale, torch.zeros_like(token_scale)], dim=2)
     # Cut negligible factors to zero: a CPU is slow at subnormal numbers, in exp and fourfold in the matmul of products.
-    least = math.log(1e-18)
-    if torch.onnx.is_in_onnx_export():  # knows no threshold, which is the faster of the two
-        log_phi = log_phi.masked_fill(log_phi <= least, -math.inf)
-    else:
-        log_phi = F.threshold(log_phi, least, -math.inf)
-    phi = torch.exp(log_phi)
+    phi = torch.exp(log_phi.masked_fill(log_phi <= math.log(1e-18), -math.inf))
     return (phi[:, :, 0][:, :, :, None] * phi[:, :, 1][:, :, None, :]).flatten(2)
 
 
