@@ -15,7 +15,7 @@ import timm
 import torch
 
 import timm_spot
-from timm_spot.tasks.figure import BLUE, GREY
+from timm_spot.tasks.drawing.figure import BLUE, GREY
 from timm_spot.tasks.vectorize import read_picture
 
 from .measure import peak

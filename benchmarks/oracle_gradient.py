@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import timm_spot
 from timm_spot.ops import windows
-from timm_spot.tasks.digits import CANVAS, draw_canvases, load_digits, to_input
+from timm_spot.tasks.pictures.digits import CANVAS, draw_canvases, load_digits, to_input
 
 
 class PlainWindows:

@@ -20,7 +20,7 @@ import click
 import torch
 from PIL import Image
 
-from timm_spot.tasks.digits import draw_canvases, load_digits
+from timm_spot.tasks.pictures.digits import draw_canvases, load_digits
 
 
 def write_canvases(folder: Path, count: int) -> None:

@@ -13,7 +13,7 @@ import timm
 import torch
 
 import timm_spot
-from timm_spot.tasks.flops import count_flops
+from timm_spot.tasks.evaluation.flops import count_flops
 
 from .measure import Config, Section, alternate, milliseconds
 

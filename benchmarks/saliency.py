@@ -21,7 +21,7 @@ from PIL import Image
 
 import timm_spot
 from timm_spot.ops import spectral_residual
-from timm_spot.tasks.digits import draw_canvases, load_digits, to_input
+from timm_spot.tasks.pictures.digits import draw_canvases, load_digits, to_input
 
 PHOTO = Path(__file__).parent.parent / 'examples' / 'photos' / 'cowbike.jpg'
 BUDGETS = (9, 16, 25, 49)

@@ -22,7 +22,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import timm_spot
-from timm_spot.ops.region_features import region_means
+from timm_spot.ops.regions.features import region_means
 from timm_spot.tasks.vectorize import CLOSE, read_picture
 
 PHOTOS = sorted((Path(__file__).parent.parent / 'examples' / 'photos').glob('*.jpg'))

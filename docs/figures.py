@@ -15,8 +15,8 @@ from PIL import Image
 
 import timm_spot
 from timm_spot.ops import spectral_residual
-from timm_spot.tasks.digits import draw_canvases, load_digits, to_input
-from timm_spot.tasks.figure import to_picture
+from timm_spot.tasks.drawing.figure import to_picture
+from timm_spot.tasks.pictures.digits import draw_canvases, load_digits, to_input
 from timm_spot.tasks.vectorize import read_picture
 
 if TYPE_CHECKING:

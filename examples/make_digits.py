@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from timm_spot.tasks.digits import draw_canvases, load_digits
+from timm_spot.tasks.pictures.digits import draw_canvases, load_digits
 
 COUNT = 40
 

@@ -25,7 +25,7 @@ from timm.task import ClassificationTask, LogitDistillationTask
 from train_digits import start_from_sines
 
 import timm_spot
-from timm_spot.tasks.digits import draw_canvases, load_digits, to_input
+from timm_spot.tasks.pictures.digits import draw_canvases, load_digits, to_input
 
 MODEL = dict(model_name='spot_vit_pico_patch8_64', embed_dim=64, depth=3)  # small: twelve trainings on one core
 BUDGETS = (9, 16, 25, 49, 64)

@@ -27,8 +27,8 @@ from train_digits import sine_table
 import timm_spot
 from timm_spot.models import Regions
 from timm_spot.ops import fit_histogram_weights
-from timm_spot.ops.region_features import inject_means
-from timm_spot.tasks.digits import draw_canvases, load_digits, to_input
+from timm_spot.ops.regions.features import inject_means
+from timm_spot.tasks.pictures.digits import draw_canvases, load_digits, to_input
 
 SIZE = dict(img_size=64, patch_size=8, embed_dim=96, depth=3, num_heads=4, num_classes=10)
 N_TOKENS = 64

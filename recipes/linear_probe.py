@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import timm_spot  # noqa: F401  registers the models
-from timm_spot.tasks.digits import draw_canvases, load_digits, to_input
+from timm_spot.tasks.pictures.digits import draw_canvases, load_digits, to_input
 
 NAME, DRAWS = 'spot_vit_pico_patch8_64', 3
 

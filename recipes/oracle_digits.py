@@ -14,8 +14,8 @@ import timm
 import torch
 
 import timm_spot
-from timm_spot.tasks.digits import draw_canvases, load_digits, to_input
-from timm_spot.tasks.objectives import OBJECTIVES
+from timm_spot.tasks.pictures.digits import draw_canvases, load_digits, to_input
+from timm_spot.tasks.search.objectives import OBJECTIVES
 
 
 def draw(model: torch.nn.Module, split: str, digits: int, canvases: int) -> Tuple[torch.Tensor, torch.Tensor]:

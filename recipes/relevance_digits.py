@@ -27,12 +27,12 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 import timm_spot
-from timm_spot.tasks.data import Pictures
-from timm_spot.tasks.digits import draw_canvases, load_digits, to_input
-from timm_spot.tasks.flops import count_flops
-from timm_spot.tasks.metrics import estimate_mean
-from timm_spot.tasks.predict import model_transform
-from timm_spot.tasks.relevance import RelevanceTask
+from timm_spot.tasks.evaluation.flops import count_flops
+from timm_spot.tasks.evaluation.metrics import estimate_mean
+from timm_spot.tasks.pictures.datasets import Pictures
+from timm_spot.tasks.pictures.digits import draw_canvases, load_digits, to_input
+from timm_spot.tasks.pictures.images import model_transform
+from timm_spot.tasks.pruning_task import RelevanceTask
 
 NAME = 'spot_vit_pico_patch8_64'
 RIVALS = ('cls-attention', 'received-attention', 'norm', 'random')

@@ -28,7 +28,7 @@ from timm.utils import ModelEmaV3
 import timm_spot
 from timm_spot.models.subpixel_embed import patch_sigma
 from timm_spot.ops import fit_position_weights
-from timm_spot.tasks.digits import CANVAS, draw_canvases, load_digits, to_input
+from timm_spot.tasks.pictures.digits import CANVAS, draw_canvases, load_digits, to_input
 
 NAME = 'spot_vit_pico_patch8_64'
 BUDGETS = (9, 16, 25, 49, 64)

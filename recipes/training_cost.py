@@ -21,7 +21,7 @@ import torch
 from timm.optim import create_optimizer_v2
 
 import timm_spot  # noqa: F401  registers the models
-from timm_spot.tasks.flops import count_flops
+from timm_spot.tasks.evaluation.flops import count_flops
 
 POINTS = 7  # budgets that are timed
 REPEATS = 5

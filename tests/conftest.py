@@ -26,6 +26,16 @@ GOLDEN = {
 SMALL = dict(embed_dim=64, depth=2, num_heads=4)
 
 
+def random_vit(name, **kwargs):
+    """A timm ViT none of whose parameters is at its initial value, with a smooth position table."""
+    torch.manual_seed(0)
+    vit = timm.create_model(name, **kwargs).eval()
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return vit
+
+
 @pytest.fixture(params=sorted(GOLDEN))
 def golden(request):
     """One golden file: its tensors, and under 'arch' and 'authors' the architecture and the authors' state dict."""

@@ -5,11 +5,13 @@ import json
 from pathlib import Path
 from typing import Any, Dict, Tuple
 
+import timm
 import torch
 from safetensors import safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import timm_spot
+from timm_spot.models.dht_checkpoint import checkpoint_filter_fn
 
 DATA = Path(__file__).parent / 'data' / 'dht'
 MAIN = ('released_64x64', 'released_96x128', 'released_50x67', 'random_64x64')
@@ -35,6 +37,24 @@ def make_tokenizer(name: str) -> timm_spot.HierarchicalTokenizer:
     tensors, config = load(name)
     weights = {k.removeprefix('weights.').removeprefix('model.'): v for k, v in tensors.items()}
     return timm_spot.HierarchicalTokenizer(**tokenizer_settings(config)).load_authors(weights).eval()
+
+
+def make_model(
+        tensors: Dict[str, torch.Tensor],
+        config: Dict[str, Any],
+        prefix: str = 'weights.',
+        **kwargs: Any,
+) -> timm_spot.models.DhtVisionTransformer:
+    """A small dHT ViT with the weights of one golden file as far as it has them."""
+    keys = {'pos_size': 'pos_patch_size', 'pos_scale': 'pos_patch_scale'}
+    model = timm.create_model(
+        'dht_vit_pico_patch8_64', embed_dim=config['embed_dim'], n_tokens=config['target'], strict=False,
+        tokenizer=tokenizer_settings(config), **{k: config[v] for k, v in keys.items() if v in config}, **kwargs).eval()
+    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    missing = model.load_state_dict(checkpoint_filter_fn(weights, model), strict=False)
+    assert missing.unexpected_keys == []
+    assert not [k for k in missing.missing_keys if k.startswith(('patch_embed', 'norm_pre', 'cls_token'))]
+    return model
 
 
 def same_partition(a: torch.Tensor, b: torch.Tensor) -> bool:

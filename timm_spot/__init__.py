@@ -6,41 +6,61 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, List
+from typing import TYPE_CHECKING, Any, List
 
 from . import models as models
 from .models.attention_saliency import attention_saliency as attention_saliency
 from .models.dht_segmenter import DhtSegmenter as DhtSegmenter
-from .models.hierarchical_tokenizer import HierarchicalTokenizer as HierarchicalTokenizer
-from .models.hierarchical_tokenizer import Regions as Regions
-from .models.retrofit import retrofit as retrofit
-from .models.sparsify import sparsify as sparsify
-from .ops import list_samplers as list_samplers
-from .ops import register_sampler as register_sampler
-from .ops import sample_positions as sample_positions
-from .ops import sample_windows as sample_windows
-from .ops import spectral_residual as spectral_residual
+from .models.dht_tokenizer import HierarchicalTokenizer as HierarchicalTokenizer
+from .models.dht_tokenizer import Regions as Regions
+from .models.pruning_vit import sparsify as sparsify
+from .models.spot_retrofit import retrofit as retrofit
+from .ops.saliency import spectral_residual as spectral_residual
+from .ops.samplers import list_samplers as list_samplers
+from .ops.samplers import register_sampler as register_sampler
+from .ops.samplers import sample_positions as sample_positions
+from .ops.windows import sample_windows as sample_windows
+
+if TYPE_CHECKING:  # what an editor follows; at run time these load on first use, see `_TASKS`
+    from .tasks.drawing.placements import draw_placement as draw_placement
+    from .tasks.drawing.placements import draw_priors as draw_priors
+    from .tasks.drawing.placements import draw_pruning as draw_pruning
+    from .tasks.drawing.placements import draw_reconstruction as draw_reconstruction
+    from .tasks.drawing.placements import draw_seen as draw_seen
+    from .tasks.drawing.regions import draw_hierarchy as draw_hierarchy
+    from .tasks.drawing.regions import draw_region_means as draw_region_means
+    from .tasks.drawing.regions import draw_regions as draw_regions
+    from .tasks.drawing.search import animate as animate
+    from .tasks.drawing.search import draw_trajectory as draw_trajectory
+    from .tasks.pictures.saliency_maps import load_saliency as load_saliency
+    from .tasks.pruning_task import RelevanceTask as RelevanceTask
+    from .tasks.publishing.export import export_model as export_model
+    from .tasks.publishing.hub import push_to_hub as push_to_hub
+    from .tasks.search.optimize import optimize_positions as optimize_positions
+    from .tasks.search.result import OracleResult as OracleResult
+    from .tasks.vectorize import RasterToVector as RasterToVector
+    from .tasks.vectorize import vectorize as vectorize
 
 __version__ = '0.1.0'
 
 # Tasks load on first use: importing this package costs no more than importing timm.
 _TASKS = {
-    'animate': 'draw_search',
-    'draw_hierarchy': 'draw_regions',
-    'draw_placement': 'draw',
-    'draw_priors': 'draw',
-    'draw_pruning': 'draw',
-    'draw_reconstruction': 'draw',
-    'draw_region_means': 'draw_regions',
-    'draw_regions': 'draw_regions',
-    'draw_seen': 'draw',
-    'draw_trajectory': 'draw_search',
-    'export_model': 'export',
-    'load_saliency': 'saliency_maps',
-    'OracleResult': 'oracle',
-    'optimize_positions': 'oracle',
-    'push_to_hub': 'hub',
-    'RelevanceTask': 'relevance',
+    'animate': 'drawing.search',
+    'draw_hierarchy': 'drawing.regions',
+    'draw_placement': 'drawing.placements',
+    'draw_priors': 'drawing.placements',
+    'draw_pruning': 'drawing.placements',
+    'draw_reconstruction': 'drawing.placements',
+    'draw_region_means': 'drawing.regions',
+    'draw_regions': 'drawing.regions',
+    'draw_seen': 'drawing.placements',
+    'draw_trajectory': 'drawing.search',
+    'export_model': 'publishing.export',
+    'load_saliency': 'pictures.saliency_maps',
+    'OracleResult': 'search.result',
+    'optimize_positions': 'search.optimize',
+    'push_to_hub': 'publishing.hub',
+    'RelevanceTask': 'pruning_task',
     'RasterToVector': 'vectorize',
     'vectorize': 'vectorize',
 }

@@ -14,7 +14,7 @@ from torch import nn
 
 import timm_spot
 
-from ..tasks.saliency_maps import choose_prior
+from ..tasks.pictures.saliency_maps import choose_prior
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,9 +10,9 @@ import torch
 
 import timm_spot
 
-from ..models.token_pruning import TokenPruning
-from ..tasks import predict as prediction
-from ..tasks.saliency_maps import choose_prior
+from ..models.pruning import TokenPruning
+from ..tasks.pictures import images as pictures
+from ..tasks.pictures.saliency_maps import choose_prior
 from ..tasks.vectorize import CLOSE, RasterToVector, read_picture
 from .common import DEFAULT_MODEL, clean_errors, create_model, is_dht, main, saliency_option, save_figure, set_prior
 
@@ -61,9 +61,9 @@ def draw(
     """
     with clean_errors():
         model = create_model(name, weights, n_tokens=n_tokens)
-        transform, embed = prediction.model_transform(model), model.patch_embed
-        batch = prediction.load_image(image, transform)[None]
-        picture = prediction.denormalize(model, batch[0])
+        transform, embed = pictures.model_transform(model), model.patch_embed
+        batch = pictures.load_image(image, transform)[None]
+        picture = pictures.denormalize(model, batch[0])
         region_kinds = dict(regions=timm_spot.draw_regions, means=timm_spot.draw_region_means)
         if is_dht(model) != ((kind or ('regions' if is_dht(model) else '')) in (*region_kinds, 'hierarchy')):
             raise ValueError(f'--kind {kind} does not suit {name}: see `timm-spot draw --help`.')
@@ -131,7 +131,7 @@ def vectorize(
 ) -> None:
     """Draw IMAGES (files, folders, globs) as SVG: a path of smooth curves for each region."""
     with clean_errors():
-        files = prediction.find_images(images)
+        files = pictures.find_images(images)
         by_stem = {file.stem: file for file in files}
         for file in files:
             if by_stem[file.stem] != file:

@@ -84,11 +84,11 @@ def evaluate(
     hfds/imagenet-1k. Rows that OUT has already are not computed again. Several processes: `accelerate launch -m
     timm_spot.cli evaluate ...`.
     """
-    from ..tasks import evaluate as evaluation
-    from ..tasks.cells import Knn, list_cells
-    from ..tasks.data import Pictures
+    from ..tasks.evaluation import run as evaluation
+    from ..tasks.evaluation.report.page import check_matplotlib, write_report
+    from ..tasks.evaluation.rows import Knn, list_cells
+    from ..tasks.pictures.datasets import Pictures
     from ..tasks.processes import start_processes
-    from ..tasks.report import check_matplotlib, write_report
 
     with clean_errors():
         check_matplotlib()
@@ -134,7 +134,7 @@ def study(name: str, weights: Tuple[str, ...], images: int, out: Path) -> None:
     saliency   do oracle placements drift towards salient pixels?
     transfer   placements found with one model, used by another (needs --weights)
     """
-    from ..tasks import studies
+    from ..tasks.evaluation import studies
 
     with clean_errors():
         out.mkdir(parents=True, exist_ok=True)

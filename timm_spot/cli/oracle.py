@@ -8,8 +8,8 @@ from typing import Any, List, Optional
 import click
 import torch
 
-from ..tasks.objectives import OBJECTIVES
-from ..tasks.oracle_run import open_dataset, run_oracle
+from ..tasks.search.dataset_run import open_dataset, run_oracle
+from ..tasks.search.objectives import OBJECTIVES
 from .common import BATCH_SIZE, DEFAULT_MODEL, clean_errors, create_subpixel_model, main
 
 

@@ -14,6 +14,7 @@ from torch import nn
 import timm_spot
 
 from ..tasks import predict as prediction
+from ..tasks.pictures import images as pictures
 from .common import (
     BATCH_SIZE,
     DEFAULT_MODEL,
@@ -55,9 +56,9 @@ def predict(
     A file that is no picture is reported on standard error, the others are still predicted, and the exit status is 1.
     """
     with clean_errors():
-        files = prediction.find_images(images)
+        files = pictures.find_images(images)
         model = create_model(name, weights, n_tokens=n_tokens)
-        transform, names = prediction.model_transform(model), prediction.class_names(model)
+        transform, names = pictures.model_transform(model), prediction.class_names(model)
         set_saliency = set_prior(model, sampler, saliency, transform)
         results, broken = [], []
         with click.progressbar(length=len(files), file=sys.stderr, label='predict') as bar:
@@ -65,7 +66,7 @@ def predict(
                 loaded = []
                 for file in files[start:start + BATCH_SIZE]:
                     try:
-                        loaded.append((file, prediction.load_image(file, transform)))
+                        loaded.append((file, pictures.load_image(file, transform)))
                     except ValueError as e:
                         broken.append(str(e))
                     bar.update(1)
@@ -96,7 +97,7 @@ def _picture_path(path: Path, file: Path, n_files: int) -> Path:
 
 def _draw_placement(model: nn.Module, image: torch.Tensor, path: Path) -> None:
     """Draw the windows, or the regions, that a model takes as the tokens of an image (3, H, W)."""
-    picture = prediction.denormalize(model, image)
+    picture = pictures.denormalize(model, image)
     if is_dht(model):
         figure = timm_spot.draw_regions(picture, model.segment(image[None]).segmentation[0]).figure
     else:

@@ -20,7 +20,7 @@ def convert(source: str, dest: Path, model: Optional[str]) -> None:
     can be retrofitted, a model folder, or ORG/NAME on the Hugging Face Hub. No pickled code is ever run. What was
     written is loaded back and compared.
     """
-    from ..tasks import convert as conversion
+    from ..tasks.publishing import convert as conversion
 
     with clean_errors():
         click.echo(conversion.convert(source, dest, model))
@@ -38,7 +38,7 @@ def export(name: str, out: Path, weights: Optional[str], n_tokens: Optional[int]
 
     The batch is dynamic, the image size the model's own. What was written is loaded back and compared.
     """
-    from ..tasks.export import export_model
+    from ..tasks.publishing.export import export_model
 
     with clean_errors():
         difference = export_model(create_subpixel_model(name, weights, n_tokens=n_tokens), out, positions_as_input)
@@ -57,7 +57,7 @@ def push(folder: Path, repo_id: str, private: bool, revision: Optional[str], dry
     Sends the weights (safetensors), config.json and the model card; with a results.csv in the folder the card shows
     its accuracies. Log in first: `hf auth login`.
     """
-    from ..tasks import hub
+    from ..tasks.publishing import hub
 
     with clean_errors():
         for name in hub.check_folder(folder, repo_id):

@@ -14,8 +14,8 @@ from timm.layers import resample_patch_embed
 from timm.models._input import update_model_args
 from torch import nn
 
-from ..ops.region_features import fit_histogram_weights
-from .checkpoint import adapt_tail, fold_prefix, split_table
+from ..ops.regions.features import fit_histogram_weights
+from .spot_checkpoint import adapt_tail, fold_prefix, split_table
 
 StateDict = Dict[str, torch.Tensor]
 

@@ -10,7 +10,7 @@ import torch
 from timm.layers import Mlp
 from torch import nn
 
-from ..ops.segmentation_loss import image_area_loss, token_focal_loss, token_targets
+from ..ops.regions.loss import image_area_loss, token_focal_loss, token_targets
 from .dht_checkpoint import checkpoint_filter_fn
 from .dht_vit import DhtVisionTransformer, TokenFeatures
 

@@ -29,11 +29,11 @@ from timm.models._pretrained import PretrainedCfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from ._features import Intermediates, format_intermediates
 from .dht_checkpoint import checkpoint_filter_fn
+from .dht_embed import HierarchicalEmbed
+from .dht_tokenizer import Regions
 from .download import check_source
-from .hierarchical_embed import HierarchicalEmbed
-from .hierarchical_tokenizer import Regions
-from .intermediates import Intermediates, format_intermediates
 
 __all__ = ['DhtVisionTransformer', 'TokenFeatures']
 

@@ -31,9 +31,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..ops.samplers import lattice_shape
-from .checkpoint import checkpoint_filter_fn
+from ._features import Intermediates, format_intermediates
 from .download import check_source
-from .intermediates import Intermediates, format_intermediates
+from .spot_checkpoint import checkpoint_filter_fn
 from .subpixel_embed import Saliency, SubpixelEmbed
 
 __all__ = ['SpotPretrainedCfg', 'SubpixelVisionTransformer']

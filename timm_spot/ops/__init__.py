@@ -1,9 +1,9 @@
 """Pure tensor functions: windows, placements, saliency, position feature, regions. No nn.Module, no timm, no files."""
+from .attention import attention_statistics as attention_statistics
+from .attention import keep_counts as keep_counts
 from .position_feature import fit_position_weights as fit_position_weights
 from .position_feature import position_feature as position_feature
-from .region_features import fit_histogram_weights as fit_histogram_weights
-from .relevance import attention_statistics as attention_statistics
-from .relevance import keep_counts as keep_counts
+from .regions.features import fit_histogram_weights as fit_histogram_weights
 from .saliency import normalize_saliency as normalize_saliency
 from .saliency import spectral_residual as spectral_residual
 from .samplers import lattice_shape as lattice_shape

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-from ..models.hierarchical_tokenizer import HierarchicalTokenizer, check_region_images
-from ..ops.outlines import fit_cubics, round_corners, simplify, split_edges, trace_outlines
-from ..ops.region_features import region_means
+from ..models.dht_tokenizer import HierarchicalTokenizer, check_region_images
+from ..ops.regions.features import region_means
+from ..ops.regions.outlines import fit_cubics, round_corners, simplify, split_edges, trace_outlines
 
 CLOSE = dict(smoothing=1, stroke=0.5, longest_edge=4.)  # nearer to the picture than the authors' settings
 WEIGHTS = Path(__file__).parent.parent / 'weights' / 'dht_ras2vec.r2v.safetensors'
@@ -148,7 +148,7 @@ def read_picture(path: Path, max_side: Optional[int] = None) -> torch.Tensor:
     Raises:
         ValueError: The file is no picture, or is damaged; names the file.
     """
-    from .predict import load_image
+    from .pictures.images import load_image
 
     def transform(image: Image.Image) -> torch.Tensor:
         if max_side is not None and max(image.size) > max_side:

@@ -1,0 +1,177 @@
+"""Pictures of placements, and the golden images of all kinds.
+
+`python tests/test_draw.py` draws the golden images anew, to be looked at before a commit.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from drawing import place, read_photo, render, spirals
+from PIL import Image
+
+import timm_spot
+
+pytestmark = pytest.mark.usefixtures('default_style')
+
+GOLDEN = Path(__file__).parents[2] / 'data' / 'draw'
+
+
+def paint(kind: str, folder: Path) -> Image.Image:
+    cyclist, kitchen = read_photo('cowbike', 224, 224), read_photo('oldkitchen', 320, 200)
+    if kind == 'placement':
+        return render(timm_spot.draw_placement(cyclist, place(25, cyclist), 16).figure)
+    if kind == 'seen':
+        return render(timm_spot.draw_seen(kitchen, place(49, kitchen), 16).figure, page='#0d1117')
+    if kind == 'trajectory':
+        return render(timm_spot.draw_trajectory(kitchen, spirals(9, 20))[0].figure)
+    if kind == 'priors':
+        return render(timm_spot.draw_priors(cyclist)[0, 0].figure)
+    if kind == 'priors_blank':
+        return render(timm_spot.draw_priors()[0, 0].figure)
+    path = timm_spot.animate(cyclist, spirals(16, 4), 16, folder / 'film.gif')
+    with Image.open(path) as film:
+        film.seek(4)
+        return film.convert('RGB').reduce(2)
+
+
+CHANGED = 0.003  # share of the pixels that may look different
+KINDS = ('placement', 'seen', 'trajectory', 'priors', 'priors_blank', 'film')
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_golden_image(kind, tmp_path):
+    with Image.open(GOLDEN / f'{kind}.png') as golden:
+        expected = np.asarray(golden.convert('RGB'), dtype=float)
+    drawn = np.asarray(paint(kind, tmp_path), dtype=float)
+    assert drawn.shape == expected.shape
+    # Another version of FreeType or libjpeg moves a few edges and colours a little.
+    difference = np.abs(drawn - expected).max(axis=-1)
+    assert difference.mean() < 3 and (difference > 40).mean() < CHANGED
+
+
+def test_a_moved_window_would_be_noticed():
+    """The tolerance of the golden images is no wider than one token in 25."""
+    image = read_photo('cowbike', 224, 224)
+    positions = place(25, image)[0]
+    before = np.asarray(render(timm_spot.draw_placement(image, positions, 16).figure), dtype=float)
+    positions[3] = torch.tensor([0.9, 0.7])
+    after = np.asarray(render(timm_spot.draw_placement(image, positions, 16).figure), dtype=float)
+    assert (np.abs(after - before).max(axis=-1) > 40).mean() > CHANGED
+
+
+def test_windows_lie_where_the_model_reads():
+    image = torch.zeros(3, 40, 80)
+    positions = torch.tensor([[0.25, 0.75]])
+    patch, spot = (
+        timm_spot.draw_placement(image, positions, 8, convention=convention).collections[0].get_paths()[0].get_extents()
+        for convention in ('patch', 'spot'))
+    # Pixel i is drawn from i - 0.5 to i + 0.5; the centre of the patch window is pixel edge (10, 60).
+    assert patch.bounds == (55.5, 5.5, 8, 8)
+    # Under `spot` the centre is pixel (10, 60), and a window is stretched with the image: 8 * 2 L / 120.
+    np.testing.assert_allclose(spot.bounds, (60 - 16 / 3, 10 - 8 / 3, 32 / 3, 16 / 3))
+
+
+def test_coverage_counts_pixels_once():
+    image = torch.zeros(3, 40, 80)
+    positions = torch.tensor([[0.1, 0.05], [0.1, 0.05], [0.9, 0.95], [0., 0.5]])
+    # 8 x 8 pixels in two corners (one of them twice) and the lower half of a window across the upper edge.
+    assert timm_spot.draw_placement(image, positions, 8).get_title() == f'4 tokens cover {(64 + 64 + 32) / 3200:.0%}'
+    assert timm_spot.draw_seen(image, positions, 8).get_title() == '5% of the pixels'
+
+
+def test_seen_shows_windows_and_nothing_else():
+    image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    seen = timm_spot.draw_seen(image, torch.tensor([[0.5, 0.25]]), 8).images[0].get_array()
+    inside = np.zeros((32, 32), bool)
+    inside[12:20, 4:12] = True
+    np.testing.assert_allclose(seen[inside][:, :3], image.permute(1, 2, 0).numpy()[inside])
+    assert (seen[inside][:, 3] == 1).all() and (seen[~inside] == (0.5, 0.5, 0.5, 0.25)).all()
+
+
+def test_pruning_outlines_survivors_and_numbers_the_others_by_stage():
+    positions = timm_spot.sample_positions('isotropic', 4, (32, 32))[0]
+    kept = [torch.tensor([[0, 2, 3]]), torch.tensor([[2]])]
+    ax = timm_spot.draw_pruning(Image.new('RGB', (32, 32), 'white'), positions, kept, 16)
+    numbers = {tuple(text.get_position()): text.get_text() for text in ax.texts}
+    assert numbers == {(7.5, 7.5): '2', (23.5, 7.5): '1', (23.5, 23.5): '2'}
+    assert [p.get_xy() for p in ax.patches if not p.get_fill()] == [(-0.5, 15.5)]
+    shades = {p.get_xy(): p.get_alpha() for p in ax.patches if p.get_fill()}
+    assert shades[15.5, -0.5] > shades[-0.5, -0.5] == shades[15.5, 15.5] > 0
+    assert ax.get_title() == '4 → 3 → 1 tokens'
+    with pytest.raises(ValueError, match='kept is empty'):
+        timm_spot.draw_pruning(Image.new('RGB', (32, 32)), positions, [], 16)
+    with pytest.raises(ValueError, match='kept holds index 4, positions only 4 tokens'):
+        timm_spot.draw_pruning(Image.new('RGB', (32, 32)), positions, [torch.tensor([4])], 16)
+
+
+def test_priors_are_those_of_the_sampler():
+    axes = timm_spot.draw_priors()
+    assert [ax.get_title() for ax in axes.flat] == ['uniform', 'gaussian', 'sobol', 'isotropic', 'center', 'grid']
+    assert [len(ax.collections[0].get_paths()) for ax in axes.flat] == [25] * 6
+    centre = timm_spot.sample_positions('center', 25, (224, 224))[0].flip(-1) * 224 - 0.5
+    np.testing.assert_allclose(axes[1, 1].collections[1].get_offsets(), centre, rtol=1e-5)
+    with pytest.raises(ValueError, match='exceeds the 2 x 2 patches'):
+        timm_spot.draw_priors(torch.zeros(3, 32, 32))
+
+
+@pytest.mark.parametrize('width, height', [(64, 64), (640, 90), (90, 640), (17, 23)])
+@pytest.mark.parametrize('kind', ['placement', 'seen', 'trajectory', 'priors'])
+def test_nothing_overlaps_and_the_aspect_is_kept(kind, width, height):
+    image = read_photo('cowbike', width, height)
+    if kind == 'trajectory':
+        axes = timm_spot.draw_trajectory(image, spirals(4, 3))
+    elif kind == 'priors':
+        axes = timm_spot.draw_priors(image, n_tokens=1).flatten()
+    else:
+        axes = [dict(placement=timm_spot.draw_placement, seen=timm_spot.draw_seen)[kind](image, place(4, image), 16)]
+    figure = axes[0].figure
+    figure.canvas.draw()
+    page = figure.bbox
+    boxes = []
+    for ax in axes:
+        box = ax.get_window_extent()
+        if ax.images:
+            shown = np.abs(np.diff([ax.get_xlim(), ax.get_ylim()]))
+            assert box.width / box.height == pytest.approx((shown[0] / shown[1]).item(), rel=0.02)
+        texts = [ax.title]
+        if not ax.images:  # ticks beyond the limits are not drawn
+            (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+            texts += [ax.xaxis.label, *(t for t in ax.get_xticklabels() if left <= t.get_position()[0] <= right),
+                      *(t for t in ax.get_yticklabels() if bottom <= t.get_position()[1] <= top)]
+        boxes += [box, *(text.get_window_extent() for text in texts if text.get_text())]
+        boxes += [ax.get_legend().get_window_extent()] if ax.get_legend() else []
+    for i, a in enumerate(boxes):
+        assert a.x0 >= page.x0 - 1 and a.y0 >= page.y0 - 1 and a.x1 <= page.x1 + 1 and a.y1 <= page.y1 + 1
+        for b in boxes[:i]:
+            across = min(a.x1, b.x1) - max(a.x0, b.x0)
+            down = min(a.y1, b.y1) - max(a.y0, b.y0)
+            assert across < 1 or down < 1, (a, b)
+
+
+def test_an_axes_of_ones_own_is_used():
+    figure, ax = plt.subplots(facecolor='red')
+    ax.set_ylabel('mine')
+    image = read_photo('cowbike', 64, 64)
+    assert timm_spot.draw_placement(image, place(4, image), 8, ax=ax) is ax
+    assert timm_spot.draw_seen(image, place(4, image), 8, ax) is ax
+    assert figure.get_facecolor() == (1, 0, 0, 1)
+    assert ax.axison and ax.get_ylabel() == 'mine'
+    figure, axes = plt.subplots(1, 2)
+    assert (timm_spot.draw_trajectory(image, spirals(4, 3), axes=axes) == axes).all()
+
+
+def test_wrong_positions_are_refused():
+    image = torch.zeros(3, 32, 32)
+    with pytest.raises(ValueError, match=r'shape \(N, 2\), one placement, got \(2, 9, 2\)'):
+        timm_spot.draw_placement(image, torch.zeros(2, 9, 2), 8)
+
+
+if __name__ == '__main__':
+    GOLDEN.mkdir(parents=True, exist_ok=True)
+    for kind in KINDS:
+        paint(kind, GOLDEN).save(GOLDEN / f'{kind}.png', optimize=True)
+    (GOLDEN / 'film.gif').unlink()

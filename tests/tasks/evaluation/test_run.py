@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import csv
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from conftest import SMALL
+from PIL import Image
+
+import timm_spot
+from timm_spot.cli import main
+from timm_spot.tasks.evaluation.results import KEY, read_rows
+from timm_spot.tasks.pictures.images import model_transform
+from timm_spot.tasks.publishing.hub import add_results
+
+ROOT = Path(__file__).parents[3]
+ARGUMENTS = ('--samplers', 'grid,uniform', '--budgets', '4,9', '--batch-size', '7')
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for label in range(10):
+        (tmp_path / 'data' / str(label)).mkdir(parents=True)
+        for i in range(3):
+            Image.effect_noise((64, 64), 20 + 9 * label).save(tmp_path / 'data' / str(label) / f'{i}.png')
+    return tmp_path / 'data'
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    timm.models.save_for_hf(timm.create_model('spot_vit_pico_patch8_64', **SMALL), tmp_path / 'saved')
+    return f'local-dir:{tmp_path}/saved'
+
+
+@pytest.fixture
+def saved_vit(tmp_path):
+    torch.manual_seed(0)
+    vit = timm.create_model(
+        'vit_tiny_patch16_224', img_size=64, patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=10,
+        pretrained_cfg_overlay=dict(input_size=(3, 64, 64), num_classes=10))
+    timm.models.save_for_hf(vit, tmp_path / 'vit', model_args=dict(
+        img_size=64, patch_size=8, embed_dim=64, depth=4, num_heads=4))
+    return f'local-dir:{tmp_path}/vit'
+
+
+def evaluate(data, model, out, *arguments):
+    return CliRunner().invoke(
+        main, ['evaluate', str(data), '--model', model, '--out', str(out), *map(str, arguments)])
+
+
+def rows(out):
+    with (out / 'results.csv').open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_agree_with_a_count_of_our_own(folder, saved, tmp_path):
+    result = evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS)
+    assert result.exit_code == 0, result.output
+    found = {(row['sampler'], row['n_tokens']): row for row in rows(tmp_path / 'out')}
+    assert list(found) == [('grid', '4'), ('grid', '9'), ('uniform', '4'), ('uniform', '9')]
+    model = timm.create_model(saved, pretrained=True, n_tokens=9, sampler='grid').eval()
+    transform = model_transform(model)
+    images = torch.stack([
+        transform(Image.open(folder / str(i // 3) / f'{i % 3}.png').convert('RGB')) for i in range(30)])
+    labels = torch.arange(30) // 3
+    with torch.inference_mode():
+        logits = model(images)
+        top1 = (logits.argmax(dim=1) == labels).float().mean().item()
+        assert float(found['grid', '9']['top1']) == pytest.approx(100 * top1, abs=1e-3)
+        loss = torch.nn.functional.cross_entropy(logits, labels).item()
+        assert float(found['grid', '9']['nll']) == pytest.approx(loss, abs=1e-3)
+        # What an image's random tokens are depends on its number alone.
+        positions = torch.cat([
+            timm_spot.sample_positions('uniform', 4, (64, 64), generator=torch.Generator().manual_seed(i))
+            for i in range(30)])
+        loss = torch.nn.functional.cross_entropy(model(images, positions), labels).item()
+        assert float(found['uniform', '4']['nll']) == pytest.approx(loss, abs=1e-3)
+
+
+def test_a_rerun_computes_what_is_missing(folder, saved, tmp_path):
+    evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS)
+    before = (tmp_path / 'out' / 'results.csv').read_text()
+    result = evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS)
+    assert '0 rows computed, 4 found' in result.output
+    assert (tmp_path / 'out' / 'results.csv').read_text() == before
+    result = evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS, '--seeds', '0,1')
+    assert '2 rows computed, 2 found' in result.output
+    row = rows(tmp_path / 'out')[-1]
+    assert (row['seeds'], row['images']) == ('0 1', '30')
+    assert row['nll_se_seeds'] and row['nll_se']
+
+
+def test_a_line_cut_off_by_a_kill_is_computed_again(folder, saved, tmp_path):
+    evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS)
+    file = tmp_path / 'out' / 'results.csv'
+    whole = file.read_text()
+    file.write_text(whole[:-30])
+    evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS)
+    assert file.read_text() == whole
+    assert len(read_rows(tmp_path / 'out' / 'speed.csv')) == 5  # the last one twice, the later one counts
+
+
+KNN = 5
+
+
+def start(data, model, out, *launcher):
+    arguments = ['evaluate', data, '--model', model, '--out', out, *ARGUMENTS, '--knn', data, '--knn-k', KNN]
+    return subprocess.Popen(
+        [sys.executable, *launcher, '-m', 'timm_spot.cli', *map(str, arguments)], stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+        env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS=str(torch.get_num_threads())))
+
+
+def test_killed_and_restarted_gives_the_same_file(folder, saved, tmp_path):
+    evaluate(folder, saved, tmp_path / 'whole', *ARGUMENTS, '--knn', folder, '--knn-k', KNN)
+    process = start(folder, saved, tmp_path / 'killed')
+    results = tmp_path / 'killed' / 'results.csv'
+    while not results.exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() < 0 and len(rows(results.parent)) < 4
+    evaluate(folder, saved, tmp_path / 'killed', *ARGUMENTS, '--knn', folder, '--knn-k', KNN)
+    assert results.read_bytes() == (tmp_path / 'whole' / 'results.csv').read_bytes()
+
+
+def test_two_processes_give_the_file_of_one(folder, saved, tmp_path):
+    evaluate(folder, saved, tmp_path / 'one', *ARGUMENTS, '--knn', folder, '--knn-k', KNN)
+    process = start(
+        folder, saved, tmp_path / 'two', '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2',
+        '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no')
+    try:
+        assert process.wait(timeout=300) == 0
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+    assert (tmp_path / 'two' / 'results.csv').read_bytes() == (tmp_path / 'one' / 'results.csv').read_bytes()
+
+
+def test_baselines_oracle_and_another_model(folder, saved, saved_vit, tmp_path):
+    result = evaluate(
+        folder, saved, tmp_path / 'out', '--model', saved_vit, '--samplers', 'salient,grid', '--budgets', '64',
+        '--baselines', 'patch-drop,low-res,top-k', '--oracle', 'isotropic', '--seeds', '0,1')
+    assert result.exit_code == 0, result.output
+    found = {(row['model'] == saved, row['sampler']): row for row in rows(tmp_path / 'out')}
+    everything = {found[False, name]['nll'] for name in ('as it is', 'patch-drop', 'low-res', 'top-k')}
+    assert len({round(float(nll), 3) for nll in everything}) == 1  # at the full budget they are the ViT
+    assert float(found[True, 'patch-drop']['nll']) == pytest.approx(float(found[True, 'grid']['nll']), abs=1e-3)
+    assert float(found[True, 'oracle isotropic']['nll']) < float(found[True, 'grid']['nll'])
+    assert (found[True, 'salient']['saliency'], found[True, 'salient']['seeds']) == ('spectral', '0 1')
+    report = (tmp_path / 'out' / 'report.html').read_text()
+    assert report.count('<svg') == 4 and 'src="data:image/png;base64,' in report
+    assert not re.search(r'(src|href)="(?!data:|#)|url\((?!#)|@import|<link|<script', report)  # nothing to fetch
+
+
+def test_scorers_and_keep_rates_agree_with_a_count_of_our_own(folder, saved_vit, tmp_path):
+    vit = timm.create_model(saved_vit, pretrained=True).eval()
+    torch.manual_seed(1)
+    sparse = timm_spot.sparsify(vit, keep_rate=0.6, stages=(1, 3))
+    timm.models.save_for_hf(sparse, tmp_path / 'sparse')
+    names = (f"local-dir:{tmp_path / 'sparse'}", saved_vit)
+    arguments = (
+        '--model', saved_vit, '--scorers', 'relevance,cls-attention,random', '--keep-rates', '1,0.5', '--seeds', '0,1')
+    result = evaluate(folder, names[0], tmp_path / 'out', *arguments)
+    assert result.exit_code == 0, result.output
+    found = {(row['model'] == names[0], row['scorer'], row['keep_rate']): row for row in rows(tmp_path / 'out')}
+    assert list(found) == [
+        *((True, scorer, rate) for scorer in ('relevance', 'cls-attention', 'random') for rate in ('1.0', '0.5')),
+        *((False, scorer, rate) for scorer in ('cls-attention', 'random') for rate in ('1.0', '0.5'))]
+    assert {row['nll'] for key, row in found.items() if key[2] == '1.0'} == {found[True, 'relevance', '1.0']['nll']}
+
+    transform = model_transform(vit)
+    images = torch.stack([
+        transform(Image.open(folder / str(i // 3) / f'{i % 3}.png').convert('RGB')) for i in range(30)])
+
+    def nll(model):
+        with torch.inference_mode():
+            return torch.nn.functional.cross_entropy(model.eval()(images), torch.arange(30) // 3).item()
+
+    sparse.set_keep_rate(0.5)
+    assert float(found[True, 'relevance', '0.5']['nll']) == pytest.approx(nll(sparse), abs=1e-3)
+    for ours, stages in ((True, (1, 3)), (False, (1, 2, 3))):
+        own = found[ours, 'cls-attention', '0.5']
+        model = timm_spot.sparsify(vit, 0.5, stages, 'cls-attention')
+        assert float(own['nll']) == pytest.approx(nll(model), abs=1e-3)
+        assert (own['stages'], own['seeds'], own['n_tokens']) == (' '.join(map(str, stages)), '', '64')
+        drawn = [nll(timm_spot.sparsify(vit, 0.5, stages, 'random', scorer_seed=seed)) for seed in (0, 1)]
+        assert float(found[ours, 'random', '0.5']['nll']) == pytest.approx(sum(drawn) / 2, abs=1e-3)
+        assert float(own['gflops']) < 0.8 * float(found[ours, 'cls-attention', '1.0']['gflops'])
+
+    assert '0 rows computed, 10 found' in evaluate(folder, names[0], tmp_path / 'out', *arguments).output
+    assert '1 rows computed, 0 found' in evaluate(folder, names[0], tmp_path / 'own').output
+    row, = rows(tmp_path / 'own')
+    assert (row['scorer'], row['keep_rate'], row['stages']) == ('relevance', '0.6', '1 3')
+    table = (tmp_path / 'out' / 'results.md').read_text()
+    assert '| scorer | keep 1.0: top-1 | keep 0.5: top-1 |' in table and '| relevance, 64 as it is |' in table
+
+
+@pytest.mark.parametrize('scorers, model', [
+    ('relevance,cls-attention,random', 'relevance_spot_vit_pico_patch8_64'),
+    ('random', 'spot_vit_pico_patch8_64'),
+])
+def test_the_default_model_has_the_scorer(tmp_path, monkeypatch, scorers, model):
+    def stop(name):
+        raise ValueError(f'asked for {name}')
+
+    monkeypatch.setattr('timm_spot.cli.evaluate.create_any_model', stop)
+    result = CliRunner().invoke(main, ['evaluate', '--scorers', scorers, '--out', str(tmp_path)])
+    assert f'asked for {model}\n' in result.output
+
+
+def test_placed_tokens_are_dropped(folder, saved, tmp_path):
+    scorers = ('--scorers', 'received-attention', '--keep-rates', '1,0.5')
+    result = evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS, *scorers)
+    assert result.exit_code == 0, result.output
+    found = {(row['sampler'], row['n_tokens'], row['keep_rate']): row for row in rows(tmp_path / 'out')}
+    assert len(found) == 8
+    evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS)
+    for row in rows(tmp_path / 'out')[8:]:
+        assert row['nll'] == found[row['sampler'], row['n_tokens'], '1.0']['nll']
+        assert row['nll'] != found[row['sampler'], row['n_tokens'], '0.5']['nll']
+    report = (tmp_path / 'out' / 'report.html').read_text()
+    assert report.count('<svg') == 4 and 'received-attention, 9 uniform, keep 0.5' in report
+    card = add_results('# a\n\n## Usage\n', (tmp_path / 'out' / 'results.csv').read_text())
+    assert '| uniform, received-attention at keep rate 0.5 | ' in card
+
+
+def test_a_model_that_cannot_drop_tokens_is_refused(folder, tmp_path):
+    resnet = timm.create_model('test_resnet', num_classes=10)
+    timm.models.save_for_hf(resnet, tmp_path / 'resnet')
+    result = evaluate(folder, f'local-dir:{tmp_path}/resnet', tmp_path / 'out', '--scorers', 'norm')
+    assert result.exit_code == 1 and 'it is a ResNet, not a timm VisionTransformer' in result.output
+
+
+def test_a_folder_of_another_version_is_left_alone(folder, saved, tmp_path):
+    (tmp_path / 'results.csv').write_text('data,sampler,top1\ndigits,grid,50.0\n')
+    result = evaluate(folder, saved, tmp_path, *ARGUMENTS)
+    assert result.exit_code == 1 and 'results.csv has other columns' in result.output
+
+
+def test_the_card_of_the_model_shows_the_results(folder, saved, tmp_path):
+    evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS, '--seeds', '0,1,2')
+    card = add_results('# a\n\n## Usage\n', (tmp_path / 'out' / 'results.csv').read_text())
+    assert '| sampler | 4 tokens | 9 tokens |' in card and '| uniform | ' in card
+
+
+def test_skipped_pictures_are_counted_and_listed(folder, saved, tmp_path):
+    (folder / '5' / '1.png').write_text('no picture')
+    result = evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS)
+    assert result.exit_code == 1 and '5/1.png is no picture' in result.output
+    result = evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS, '--skip-broken')
+    assert result.exit_code == 0 and 'skipped: ' in result.output
+    assert {(row['images'], row['skipped']) for row in rows(tmp_path / 'out')} == {('29', '1')}
+
+
+def test_a_model_without_classifier_has_neighbours_only(folder, tmp_path):
+    torch.manual_seed(0)
+    timm.models.save_for_hf(
+        timm.create_model('spot_vit_pico_patch8_64', num_classes=0, **SMALL), tmp_path / 'features')
+    name = f"local-dir:{tmp_path / 'features'}"
+    result = evaluate(folder, name, tmp_path / 'out', *ARGUMENTS)
+    assert result.exit_code == 1 and 'has no classifier: give --knn' in result.output
+    result = evaluate(folder, name, tmp_path / 'out', *ARGUMENTS, '--knn', folder, '--knn-k', 1)
+    assert result.exit_code == 0, result.output
+    assert {(row['top1'], row['knn_top1']) for row in rows(tmp_path / 'out') if row['sampler'] == 'grid'} == {
+        ('', '100.0000')}
+
+
+@pytest.mark.parametrize('arguments, says', [
+    (['--budgets', '9,x'], 'is no list of numbers'),
+    (['--baselines', 'drop'], "unknown 'drop'"),
+    (['--baselines', 'low-res', '--budgets', '24'], 'n_tokens=24 is no patch grid'),
+    (['--budgets', '9,100'], "n_tokens=100 exceeds the 8 x 8 patches that sampler 'grid' finds"),
+    (['--samplers', 'isotopic'], "did you mean 'isotropic'"),
+    (['--model', 'resnet1'], 'unknown model resnet1'),
+    (['--saliency', 'nowhere'], "saliency='nowhere'"),
+    (['--scorers', 'norm,cls'], "scorers=norm,cls has the unknown 'cls': relevance, random, norm"),
+    (['--scorers', 'norm', '--keep-rates', '0.5,0'], 'keep_rate=0.0 must be greater than 0 and at most 1'),
+    (['--scorers', 'norm', '--keep-rates', '0.5,half'], 'is no list of numbers'),
+    (['--scorers', 'relevance'], "'relevance' needs trained predictors"),
+    (['--keep-rates', '0.5'], 'keep_rates=0.5 need scorers'),
+])
+def test_errors_come_before_any_work(folder, saved, tmp_path, arguments, says):
+    result = evaluate(folder, saved, tmp_path / 'out', *arguments)
+    assert result.exit_code != 0 and says in result.output, result.output
+    assert not (tmp_path / 'out' / 'decoded').exists()
+
+
+def test_a_folder_that_cannot_be_written(folder, saved, tmp_path):
+    (tmp_path / 'file').write_text('')
+    result = evaluate(folder, saved, tmp_path / 'file' / 'out')
+    assert result.exit_code == 1 and 'file' in result.output and 'Traceback' not in result.output
+
+
+def test_the_key_says_it_all(folder, saved, tmp_path):
+    evaluate(folder, saved, tmp_path / 'out', '--samplers', 'grid', '--budgets', '4')
+    row, = rows(tmp_path / 'out')
+    assert list(row)[:len(KEY)] == list(KEY)
+    result = evaluate(folder, saved, tmp_path / 'out', '--samplers', 'grid', '--budgets', '4', '--amp', 'bfloat16')
+    assert '1 rows computed, 0 found' in result.output

@@ -1,0 +1,280 @@
+"""convert: any checkpoint into a folder that timm loads, and nothing that is not a checkpoint."""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import SMALL
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+
+import timm_spot
+from timm_spot.tasks.publishing import convert as convert_module
+from timm_spot.tasks.publishing.convert import convert, read_checkpoint
+
+TINY = dict(depth=1, img_size=64, num_classes=3)
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f'touch {self.path}',)
+
+
+def load(folder):
+    return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+
+
+
+@pytest.fixture
+def vit():
+    torch.manual_seed(0)
+    return timm.create_model('vit_tiny_patch16_224', **TINY).eval()
+
+
+def training_checkpoint(model, name, **kwargs):
+    """What timm's train.py saves, with averaged weights that differ from the last ones."""
+    averaged = {k: v + 1e-3 for k, v in model.state_dict().items()}
+    return dict(
+        epoch=3, arch=name, version=2, metric=71.5, state_dict=model.state_dict(), state_dict_ema=averaged,
+        optimizer=dict(state={}, param_groups=[dict(lr=0.1)]),
+        args=argparse.Namespace(
+            model=name, model_kwargs=kwargs, gp=None, in_chans=None, dataset='torch/cifar10', img_size=None,
+            input_size=None, mean=[0.1, 0.2, 0.3], std=None, interpolation='', crop_pct=None))
+
+
+def test_authors_checkpoint(golden, tmp_path):
+    # The authors' files are base models and hold no arguments; these make a small one of it.
+    args = argparse.Namespace(model=golden['arch'], model_kwargs=SMALL)
+    weights = dict(golden['authors'], **{'tokenizer.logprior': torch.ones(14, 14)})
+    torch.save(dict(model=weights, args=args), tmp_path / 'authors.pth')
+    done = convert(tmp_path / 'authors.pth', tmp_path / 'out')
+    assert done.folded == {
+        'embedder.emb.weight': ['patch_embed.proj.weight', 'patch_embed.pos_proj.weight'],
+        'tokenizer._n_sigma': ['patch_embed.n_sigma']}
+    assert done.dropped == ['tokenizer.logprior'] and done.added == []
+    assert done.renamed['blocks.1.att.qkv.weight'] == 'blocks.1.attn.qkv.weight'
+    assert done.mapped == len(golden['authors']) - 2  # all but the two that were folded
+    assert done.difference == 0
+
+    model = load(tmp_path / 'out')
+    logits = torch.cat([
+        model(image[None], positions) for image, positions in zip(golden['image'], golden['positions'])])
+    torch.testing.assert_close(logits, golden['logits'], atol=1e-4, rtol=0)
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['model_args']['convention'] == 'spot'
+    assert config['pretrained_cfg']['mean'] == [0.485, 0.456, 0.406]  # the authors', not those of the default tag
+
+
+def test_authors_checkpoint_names_itself_where_only_one_model_fits():
+    tensors = {'embedder.emb.weight': torch.empty(768, 1024, device='meta'), 'blocks.11.norm1.weight': torch.ones(1)}
+    pooled = dict(tensors, **{'fc_norm.weight': torch.ones(1)})
+    assert convert_module._recognise(pooled, 'x.pth') == 'spot_vit_base_patch16_mae.spot_in1k'
+    with pytest.raises(ValueError, match=r'spot_vit_base_patch16_in21k\.spot_in21k_ft_in1k'):
+        convert_module._recognise(tensors, 'x.pth')
+
+
+@pytest.mark.parametrize('suffix', ['pth.tar', 'safetensors'])
+def test_checkpoint_of_a_vit(tmp_path, vit, suffix):
+    file = tmp_path / f'weights.{suffix}'
+    torch.save(vit.state_dict(), file) if suffix == 'pth.tar' else save_file(vit.state_dict(), file)
+    with pytest.raises(ValueError, match=r'does not say whose weights it holds: .*--model'):
+        convert(file, tmp_path / 'out')
+    with pytest.raises(ValueError, match=r'are not those of vit_tiny_patch16_224'):  # 12 blocks of 224 px, here 1 of 64
+        convert(file, tmp_path / 'out', model='vit_tiny_patch16_224')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_training_checkpoint_of_a_vit_takes_averaged_weights_and_the_runs_arguments(tmp_path, vit):
+    kwargs = dict(depth=1, img_size=64)
+    torch.save(training_checkpoint(vit, 'vit_tiny_patch16_224', **kwargs), tmp_path / 'last.pth.tar')
+    done = convert(tmp_path / 'last.pth.tar', tmp_path / 'out')
+    assert done.entry == 'state_dict_ema' and done.architecture == 'spot_retrofit'
+    assert done.folded == {'pos_embed': ['patch_embed.pos_proj.weight', 'cls_token']}
+    assert done.added == ['patch_embed.n_sigma']
+    assert done.mapped == len(vit.state_dict()) - 2 and done.difference < 2e-4
+    assert set(done.dropped) == {'epoch', 'arch', 'version', 'metric', 'state_dict', 'optimizer'}
+    assert 'state_dict_ema' in str(done) and 'pos_embed -> ' in str(done)
+
+    vit.load_state_dict({k: v + 1e-3 for k, v in vit.state_dict().items()})
+    model, images = load(tmp_path / 'out'), torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(model(images), vit(images), rtol=2e-4, atol=1e-5)
+    assert model.pretrained_cfg['mean'] == [0.1, 0.2, 0.3]
+    assert 'torch/cifar10' in (tmp_path / 'out' / 'README.md').read_text()
+
+
+def test_training_checkpoint_of_a_subpixel_model(tmp_path, pico):
+    content = training_checkpoint(pico, 'spot_vit_pico_patch8_64', n_tokens=9, sampler='sobol')
+    content['state_dict_ema'] = {f'module.{k}': v for k, v in content['state_dict_ema'].items()}
+    torch.save(content, tmp_path / 'last.pth.tar')
+    done = convert(tmp_path / 'last.pth.tar', tmp_path / 'out')
+    assert (done.folded, done.added, done.renamed, done.difference) == ({}, [], {}, 0)
+    model = load(tmp_path / 'out')
+    assert model.place(torch.zeros(1, 3, 64, 64)).shape == (1, 9, 2)
+    assert torch.equal(model.cls_token, pico.cls_token + 1e-3)
+
+
+def test_folder_of_a_vit_and_its_weights_in_half_precision(tmp_path, vit):
+    save_for_hf(vit.half(), str(tmp_path / 'vit'), safe_serialization=True)
+    done = convert(tmp_path / 'vit', tmp_path / 'out')
+    assert done.architecture == 'spot_retrofit' and done.difference < 2e-4
+    assert load(tmp_path / 'out').num_classes == 3
+
+
+def test_names_with_spaces_and_unicode(tmp_path, pico):
+    folder = tmp_path / 'жёлтый дом #1 @x'
+    folder.mkdir()
+    torch.save(training_checkpoint(pico, 'spot_vit_pico_patch8_64'), folder / 'poids é.pth.tar')
+    convert(folder / 'poids é.pth.tar', folder / 'sortie 猫')
+    assert torch.equal(load(folder / 'sortie 猫').cls_token, pico.cls_token + 1e-3)
+
+
+@pytest.mark.parametrize('name', ['bomb.pth', 'bomb.pth.tar', 'bomb.bin'])
+@pytest.mark.parametrize('form', ['zip', 'legacy', 'pickle', 'pickle protocol 2'])
+def test_pickle_bombs_are_refused_by_name_and_never_run(tmp_path, name, form):
+    bomb, file = Bomb(tmp_path / 'exploded'), tmp_path / name
+    if form.startswith('pickle'):
+        file.write_bytes(pickle.dumps(dict(model=bomb), protocol=2 if '2' in form else 4))
+    else:
+        torch.save(dict(model=dict(a=torch.ones(1)), x=bomb), file, _use_new_zipfile_serialization=form == 'zip')
+    with pytest.raises(ValueError, match=r'holds objects that are no weights: posix\.system'):
+        convert(file, tmp_path / 'out', model='spot_vit_pico_patch8_64')
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_pickled_model_is_refused(tmp_path):
+    torch.save(torch.nn.Linear(1, 1), tmp_path / 'model.pth')
+    with pytest.raises(ValueError, match=r'torch\.nn\.modules\.linear\.Linear'):
+        read_checkpoint(tmp_path / 'model.pth')
+
+
+def test_damaged_safetensors_are_refused(tmp_path):
+    file = tmp_path / 'x.safetensors'
+    save_file({'a': torch.ones(10)}, file)
+    whole = file.read_bytes()
+    for damaged in (
+            whole[:-4],  # too short
+            whole[:20],
+            b'',
+            struct.pack('<Q', 1 << 60) + whole[8:],  # a header longer than the file
+            whole.replace(b'[10]', b'[99]'),  # a shape that its bytes do not fill
+            whole.replace(b'F32', b'F99')):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r'x.safetensors is no intact safetensors file'):
+            read_checkpoint(file)
+
+
+def test_damaged_checkpoints_are_refused(tmp_path):
+    torch.save({'a': torch.ones(1000)}, tmp_path / 'x.pth')
+    whole = (tmp_path / 'x.pth').read_bytes()
+    for damaged in (b'', whole[:len(whole) // 2], b'no checkpoint'):
+        (tmp_path / 'x.pth').write_bytes(damaged)
+        with pytest.raises(ValueError, match=r'x.pth'):
+            read_checkpoint(tmp_path / 'x.pth')
+
+
+@pytest.mark.parametrize('content, message', [
+    ([1, 2], 'holds a list, not a state dict'),
+    ({'a': torch.ones(1), 'b': 'text', 'c': {}}, r'other things than tensors among its weights: b \(str\), c \(dict\)'),
+    ({'a': torch.tensor([1., float('nan')])}, 'NaN or infinity in a'),
+    ({'state_dict': {'a': torch.ones(1), 'b': torch.tensor([float('inf')])}}, 'NaN or infinity in b'),
+])
+def test_other_content_is_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(tmp_path / 'x.pth')
+
+
+def test_nan_in_safetensors_is_refused(tmp_path):
+    save_file({'a': torch.tensor([float('nan')])}, tmp_path / 'x.safetensors')
+    with pytest.raises(ValueError, match='NaN or infinity in a'):
+        read_checkpoint(tmp_path / 'x.safetensors')
+
+
+def test_missing_source_and_wrong_destination(tmp_path, pico):
+    file = tmp_path / 'pico.safetensors'
+    save_file(pico.state_dict(), file)
+    for missing in (tmp_path / 'no.pth', 'folder/no.pth', 'no.pth'):
+        with pytest.raises(FileNotFoundError, match=r'no.pth is no file'):
+            convert(missing, tmp_path / 'out')
+    with pytest.raises(FileExistsError, match='give a new or an empty folder'):
+        convert(file, tmp_path, model='spot_vit_pico_patch8_64')
+    with pytest.raises(FileExistsError):
+        convert(file, file, model='spot_vit_pico_patch8_64')
+    with pytest.raises(FileNotFoundError, match='in which out is to be made'):
+        convert(file, tmp_path / 'no' / 'out', model='spot_vit_pico_patch8_64')
+    (tmp_path / 'empty').mkdir()
+    convert(file, tmp_path / 'empty', model='spot_vit_pico_patch8_64')
+    assert load(tmp_path / 'empty').num_classes == 10
+
+
+def test_models_that_cannot_be_retrofitted_are_refused(tmp_path):
+    save_file({'a': torch.ones(1)}, tmp_path / 'x.safetensors')
+    with pytest.raises(ValueError, match='resnet18 cannot be retrofitted'):
+        convert(tmp_path / 'x.safetensors', tmp_path / 'out', model='resnet18')
+
+
+def test_full_disk_leaves_nothing_behind(tmp_path, pico):
+    file = tmp_path / 'pico.safetensors'
+    save_file(pico.state_dict(), file)
+    code = (
+        'import resource, sys\n'
+        'from timm_spot.tasks.publishing.convert import convert\n'
+        'resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n'
+        'try:\n'
+        "    convert(sys.argv[1], sys.argv[2], model='spot_vit_pico_patch8_64')\n"
+        'except OSError as e:\n'
+        '    print(e)\n')
+    result = subprocess.run(
+        [sys.executable, '-c', code, str(file), str(tmp_path / 'out')], capture_output=True, text=True, timeout=300,
+        env=dict(os.environ, PYTHONPATH=str(Path(timm_spot.__file__).parent.parent)))
+    assert 'out cannot be written' in result.stdout and 'File too large' in result.stdout, result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ['pico.safetensors']
+
+
+def test_a_model_that_loads_back_otherwise_is_not_kept(tmp_path, pico, monkeypatch):
+    file = tmp_path / 'pico.safetensors'
+    save_file(pico.state_dict(), file)
+    save_folder = convert_module.save_folder
+
+    def save_another(model, folder, *args):
+        save_folder(model, folder, *args)
+        weights = load_file(folder / 'model.safetensors')
+        weights['head.weight'] = weights['head.weight'] * 1.01
+        save_file(weights, folder / 'model.safetensors')
+
+    monkeypatch.setattr(convert_module, 'save_folder', save_another)
+    with pytest.raises(RuntimeError, match=r'gives other logits .* Nothing was kept'):
+        convert(file, tmp_path / 'out', model='spot_vit_pico_patch8_64')
+    assert [p.name for p in tmp_path.iterdir()] == ['pico.safetensors']
+
+
+def test_base_model_in_two_gigabytes(tmp_path):
+    code = (
+        'import re, sys\n'
+        'from timm_spot.tasks.publishing.convert import convert\n'
+        'print(convert(sys.argv[1], sys.argv[2]).difference)\n'
+        # Not ru_maxrss: a child begins with that of the test process.
+        "print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])\n")
+    vit = timm.create_model('vit_base_patch16_224')
+    torch.save(training_checkpoint(vit, 'vit_base_patch16_224'), tmp_path / 'last.pth.tar')
+    del vit
+    result = subprocess.run(
+        [sys.executable, '-c', code, str(tmp_path / 'last.pth.tar'), str(tmp_path / 'out')], capture_output=True,
+        text=True, timeout=600, env=dict(os.environ, PYTHONPATH=str(Path(timm_spot.__file__).parent.parent)))
+    assert result.returncode == 0, result.stderr
+    difference, kibibytes = map(float, result.stdout.split())
+    assert difference < 2e-4 and kibibytes * 1024 < 2e9

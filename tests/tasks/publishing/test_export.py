@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import sys
+
+import onnxruntime
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from timm.utils.onnx import onnx_export
+
+import timm_spot
+from timm_spot.cli import main
+
+
+@pytest.fixture(scope='module')
+def model():
+    return timm.create_model('spot_vit_pico_patch8_64', n_tokens=9, depth=1, num_classes=10).eval()
+
+
+@pytest.mark.parametrize('name, positions_as_input', [
+    ('model.pt2', False), ('model.pt2', True), ('model.onnx', False), ('model.onnx', True)])
+def test_written_file_answers_as_the_model(model, tmp_path, name, positions_as_input):
+    path = tmp_path / name
+    assert timm_spot.export_model(model, path, positions_as_input) < 1e-4
+    assert [p.name for p in tmp_path.iterdir()] == [name]  # one file, weights included
+    images, positions = torch.randn(4, 3, 64, 64), torch.rand(4, 5, 2)
+    inputs = dict(images=images, positions=positions) if positions_as_input else dict(images=images)
+    if path.suffix == '.onnx':
+        session = onnxruntime.InferenceSession(path)
+        assert [i.name for i in session.get_inputs()] == list(inputs)
+        answer = torch.from_numpy(session.run(['logits'], {k: v.numpy() for k, v in inputs.items()})[0])
+    else:
+        answer = torch.export.load(path).module()(*inputs.values())
+    torch.testing.assert_close(answer, model(*inputs.values()), rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore::DeprecationWarning')  # of timm's exporter
+@pytest.mark.parametrize('use_dynamo', [False, True])
+def test_timm_s_own_onnx_export(model, tmp_path, use_dynamo):
+    # Without --dynamo timm's onnx_export.py traces: sizes are tensors then, and aten::threshold has no counterpart.
+    onnx_export(model, str(tmp_path / 'model.onnx'), use_dynamo=use_dynamo, input_size=(3, 64, 64))
+    images = torch.randn(3, 3, 64, 64)
+    answer = onnxruntime.InferenceSession(tmp_path / 'model.onnx').run(None, {'input0': images.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(answer), model(images), rtol=0, atol=1e-4)
+
+
+def test_a_file_that_answers_differently_is_an_error(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        'timm_spot.tasks.publishing.export._read_program', lambda path: lambda images: model(images) + 1e-3)
+    with pytest.raises(RuntimeError, match=r'model\.pt2 was written, but its logits differ .* by 0\.001'):
+        timm_spot.export_model(model, tmp_path / 'model.pt2')
+
+
+def test_what_cannot_be_exported(model, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"must end in '\.onnx' or '\.pt2'"):
+        timm_spot.export_model(model, tmp_path / 'model.pth')
+    salient = timm.create_model('spot_vit_pico_patch8_64', sampler='salient', saliency='spectral_residual').eval()
+    with pytest.raises(ValueError, match=r"'salient' places tokens by the image.*positions_as_input=True"):
+        timm_spot.export_model(salient, tmp_path / 'model.pt2')
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    with pytest.raises(ModuleNotFoundError, match=r"ONNX needs onnxruntime: pip install 'timm-spot\[export\]'"):
+        timm_spot.export_model(model, tmp_path / 'model.onnx')
+    assert not list(tmp_path.iterdir())
+
+
+def test_command(tmp_path):
+    out = tmp_path / 'digits.pt2'
+    result = CliRunner().invoke(
+        main, ['export', 'spot_vit_pico_patch8_64', str(out), '--n-tokens', '9'], catch_exceptions=False)
+    assert result.exit_code == 0 and 'largest difference' in result.output
+    digits = timm.create_model('spot_vit_pico_patch8_64', pretrained=True, n_tokens=9).eval()
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(torch.export.load(out).module()(images), digits(images), rtol=0, atol=1e-4)
+    result = CliRunner().invoke(main, ['export', 'spot_vit_pico_patch8_64', str(tmp_path / 'digits.pth')])
+    assert result.exit_code == 1 and "must end in '.onnx' or '.pt2'" in result.output

@@ -1,0 +1,275 @@
+"""Image to regions that follow it, end to end differentiable.
+
+Paper: `Differentiable Hierarchical Visual Tokenization` (dHT) - https://arxiv.org/abs/2511.02652
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Callable, Dict, List, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..ops.regions.budget import merge_to_budget
+from ..ops.regions.criteria import check_criterion
+from ..ops.regions.features import inject_means, scharr_gradient
+from ..ops.regions.graph import sum_channels
+from ..ops.regions.hierarchy import Hierarchy, build_hierarchy
+
+_GRADIENT_KERNEL = 'gradient.kernel'  # a constant among the released keys
+
+
+@dataclass
+class Regions:
+    """Regions of B images, N in all; ids run across the batch, those of an image are contiguous.
+
+    Attributes:
+        pieces: Best regions before the merge to the budget, (B, H, W) int64 ids.
+        segmentation: Tokens, (B, H, W) int64 ids 0..N - 1, by their first pixel.
+        injected: Images with each region's mean replaced by its predicted colour, (B, H, W, 3).
+        boxes: (4, N): ymin, xmin, ymax, xmax, inclusive.
+        counts: Tokens of each image, (B,).
+        colors: Predicted colours (normalised), (N, 3).
+        sizes: Pixels of each token, (N,).
+        image: Index of each token's image, (N,).
+        gradient: Image gradient (B, 2, H, W) along y and x, or None.
+    """
+    pieces: torch.Tensor
+    segmentation: torch.Tensor
+    injected: torch.Tensor
+    boxes: torch.Tensor
+    counts: torch.Tensor
+    colors: torch.Tensor
+    sizes: torch.Tensor
+    image: torch.Tensor
+    gradient: Optional[torch.Tensor]
+    hierarchy: Hierarchy = field(repr=False)
+
+    @property
+    def levels(self) -> List[torch.Tensor]:
+        """The partition (B, H, W) of each level, the first contraction of the pixels first; computed when asked for."""
+        B, H, W = self.segmentation.shape
+        return self.hierarchy.segmentations((B, H, W))
+
+
+def _linear(linear: nn.Linear, values: torch.Tensor) -> torch.Tensor:
+    """A linear map of (C, n), each column on its own: a matrix product rounds differently for other n."""
+    return sum_channels(linear.weight.T[:, :, None] * values[:, None]) + linear.bias[:, None]
+
+
+class PixelFeatures(nn.Module):
+    """Per-pixel features: a pointwise branch and one of two strided convolutions, (B, 3, H, W) to (B, C, H, W)."""
+
+    def __init__(self, in_chans: int, hid_ch: int, device: Optional[torch.device] = None) -> None:
+        super().__init__()
+        self.ds = nn.Sequential(nn.Conv2d(in_chans, hid_ch, 1, device=device), nn.BatchNorm2d(hid_ch, device=device))
+        self.cv = nn.Sequential(
+            nn.Conv2d(in_chans, 4 * hid_ch, 2, stride=2, device=device),
+            nn.BatchNorm2d(4 * hid_ch, device=device),
+            nn.SiLU(),
+            nn.Conv2d(4 * hid_ch, hid_ch, 2, stride=2, device=device),
+            nn.BatchNorm2d(hid_ch, device=device),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            return self._features(x)
+        # The algorithm of a convolution, and with it the last bit, depends on the batch size: take images one by one.
+        return torch.cat([self._features(image) for image in x.split(1)])
+
+    def _features(self, x: torch.Tensor) -> torch.Tensor:
+        H, W = x.shape[-2:]
+        padded = F.pad(x, (0, -W % 4, 0, -H % 4), mode='replicate')
+        coarse = F.interpolate(self.cv(padded), scale_factor=4, mode='bilinear', align_corners=True)
+        return F.silu(self.ds(x) + coarse[..., :H, :W])
+
+
+class GradientActivation(nn.Module):
+    """Bends gradients by one number per axis: asinh above zero, sinh below, nothing at zero."""
+
+    def __init__(self, device: Optional[torch.device] = None) -> None:
+        super().__init__()
+        self.lmbda = nn.Parameter(torch.zeros(2, 1, 1, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            bend = self.lmbda.to(x.dtype)
+            safe = torch.where(bend == 0, torch.ones_like(bend), bend)
+            bent = torch.where(safe > 0, (safe * x).asinh() / safe.abs().asinh(), (x * safe.asinh()).sinh() / safe)
+            return torch.where(bend == 0, x, bent)
+
+
+class HierarchicalTokenizer(nn.Module):
+    """Differentiable hierarchical tokenizer: images (B, 3, H, W) of any size to `Regions`.
+
+    Deterministic in eval mode, where an image's regions do not depend on its batch. In train mode the pieces kept apart
+    by the budget are drawn at random, from torch's global generator, and batch norm sees the batch. Runs in float32
+    (or float64) whatever the autocast.
+
+    Args:
+        hid_ch: Channels of the pixel features.
+        cmp: Weight of a pair's compactness against its similarity, in [0, 1].
+        iota: Keeps the logarithm of a flat region's variance finite.
+        criterion: Information criterion that selects levels: 'aicc', 'aic', 'bic' or 'cic'.
+        center: Similarity of a vertex to itself where `use_varproj` is off.
+        min_avg_region: Stop merging at so many regions.
+        compute_grad: Return the image gradient as well.
+        use_varproj: Predict a vertex's similarity to itself from its variances.
+        inference_target_coeff: Default budget in eval mode is round(sqrt(H * W) / inference_target_coeff).
+        in_chans: Image channels, 3.
+
+    Raises:
+        ValueError: Unknown criterion, a setting out of its range.
+    """
+
+    def __init__(
+            self,
+            hid_ch: int = 3,
+            cmp: float = 0.1,
+            iota: float = 5.,
+            criterion: str = 'aicc',
+            center: float = 0.,
+            min_avg_region: int = 6,
+            compute_grad: bool = False,
+            use_varproj: bool = True,
+            inference_target_coeff: float = 0.56,
+            in_chans: int = 3,
+            device: Optional[torch.device] = None,
+    ) -> None:
+        super().__init__()
+        check_criterion(criterion)
+        if hid_ch < 1:
+            raise ValueError(f'hid_ch={hid_ch} must be at least 1.')
+        if not 0. <= cmp <= 1.:
+            raise ValueError(f'cmp={cmp} must lie in [0, 1].')
+        if in_chans != 3:
+            raise ValueError(
+                f'in_chans={in_chans}: regions are found in 3 channels; repeat a grey channel three times.')
+        self.cmp = cmp
+        self.iota = iota
+        self.criterion = criterion
+        self.center = center
+        self.min_avg_region = min_avg_region
+        self.inference_target_coeff = inference_target_coeff
+        self.conv = PixelFeatures(in_chans, hid_ch, device)
+        self.linear = nn.Linear(hid_ch, in_chans, device=device)
+        self.varproj = nn.Linear(hid_ch, 1, device=device) if use_varproj else None
+        self.gradact = GradientActivation(device) if compute_grad else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Let vertices begin with hardly any similarity to themselves."""
+        if self.varproj is not None:
+            nn.init.normal_(self.varproj.weight, std=1e-4)
+            nn.init.constant_(self.varproj.bias, -2. * math.pi)
+        if self.gradact is not None:
+            nn.init.zeros_(self.gradact.lmbda)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        """Keep the weights in float32 where the model around them is cast to half precision."""
+        def cast(t: torch.Tensor) -> torch.Tensor:
+            out = fn(t)
+            return t.to(out.device) if t.is_floating_point() and out.dtype.itemsize < 4 else out
+
+        return super()._apply(cast, recurse)
+
+    def load_authors(self, state_dict: Dict[str, torch.Tensor]) -> HierarchicalTokenizer:
+        """Load released weights: keys of the tokenizer, with or without `tokenizer.` before them; returns self.
+
+        Raises:
+            ValueError: The weights do not suit this tokenizer; names what does not.
+        """
+        prefix = 'tokenizer.'
+        if any(k.startswith(prefix) for k in state_dict):
+            state_dict = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        # Nothing but the gradient map depends on these.
+        dropped = (_GRADIENT_KERNEL,) if self.gradact is not None else (_GRADIENT_KERNEL, 'gradact.lmbda')
+        state_dict = {k: v for k, v in state_dict.items() if k not in dropped}
+        try:
+            self.load_state_dict(state_dict)
+        except RuntimeError as e:
+            raise ValueError(
+                f'these weights do not suit a tokenizer of hid_ch={self.linear.in_features}, '
+                f'compute_grad={self.gradact is not None}: {e}') from e
+        return self
+
+    def default_target(self, height: int, width: int) -> int:
+        """Budget of an image unless given."""
+        return max(1, round(math.sqrt(height * width) / (1. if self.training else self.inference_target_coeff)))
+
+    def self_similarity(self, variances: torch.Tensor) -> torch.Tensor:
+        """Similarity (n,) of vertices with variances (C, n) to themselves."""
+        if self.varproj is None:
+            return variances.new_full(variances.shape[1:], self.center)
+        return torch.sigmoid(_linear(self.varproj, variances)[0])
+
+    def build(self, features: torch.Tensor, max_levels: Optional[int] = None) -> Hierarchy:
+        """The hierarchy over given pixel features (B, C, H, W)."""
+        return build_hierarchy(
+            features, self.self_similarity, self.cmp, self.iota, self.criterion, self.min_avg_region, max_levels)
+
+    def forward(
+            self,
+            images: torch.Tensor,
+            target: Optional[int] = None,
+            strict: bool = False,
+            boost: float = 1.,
+            max_levels: Optional[int] = None,
+            generator: Optional[torch.Generator] = None,
+    ) -> Regions:
+        """Find the regions of images.
+
+        Args:
+            images: (B, 3, H, W), normalised with ImageNet's mean and standard deviation.
+            target: Tokens of an image, by default round(sqrt(H * W) / 0.56), in train mode round(sqrt(H * W)). An
+                image with fewer pieces keeps those.
+            strict: Exactly `target`; otherwise usually a few more.
+            boost: Factor on the potential between a piece that is kept and one that is not; 1 in the released weights.
+            max_levels: Most levels, by default ceil(log2(sqrt(H * W))).
+            generator: For the random choice in train mode.
+
+        Raises:
+            TypeError, ValueError: `images` is no such tensor, or `target` below 1.
+        """
+        check_region_images(images)
+        if target is None:
+            target = self.default_target(*images.shape[-2:])
+        if target < 1:
+            raise ValueError(f'target={target} must be at least 1.')
+        with torch.autocast(images.device.type, enabled=False):
+            images = images.to(self.linear.weight.dtype)
+            hierarchy = self.build(self.conv(images), max_levels)
+            pieces = hierarchy.pieces
+            colors = _linear(self.linear, pieces.features)
+            tokens = merge_to_budget(
+                colors, pieces.sizes, pieces.boxes, pieces.image, pieces.edges, target, strict, boost,
+                random=self.training, generator=generator)
+            segmentation = tokens.parent.index_select(0, pieces.segmentation.flatten()).view_as(pieces.segmentation)
+            gradient = None if self.gradact is None else self.gradact(scharr_gradient(images))
+            return Regions(
+                pieces=pieces.segmentation,
+                segmentation=segmentation,
+                injected=inject_means(images, segmentation, tokens.sizes, tokens.colors),
+                boxes=tokens.boxes,
+                counts=torch.bincount(tokens.image, minlength=len(images)),
+                colors=tokens.colors.T,
+                sizes=tokens.sizes,
+                image=tokens.image,
+                gradient=gradient,
+                hierarchy=hierarchy,
+            )
+
+
+def check_region_images(images: torch.Tensor) -> None:
+    """Raise TypeError or ValueError unless `images` is (B, 3, H, W), floating point, B >= 1."""
+    if not isinstance(images, torch.Tensor):
+        raise TypeError(f'images must be a tensor of shape (B, 3, H, W), got {type(images).__name__}.')
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise ValueError(
+            f'images must have shape (B, 3, H, W) with at least one image and one pixel, got {tuple(images.shape)}; '
+            'repeat a grey channel three times.')
+    if not images.is_floating_point():
+        raise TypeError(f'images must be floating point, normalised with the mean and std of ImageNet, got '
+                        f'{images.dtype}.')

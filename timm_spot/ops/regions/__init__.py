@@ -1,0 +1,1 @@
+"""Regions of images: their graph, hierarchy, budget, features, outlines and losses."""

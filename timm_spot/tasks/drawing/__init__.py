@@ -1,0 +1,1 @@
+"""Pictures of placements, searches, regions, pruning and reconstructions (extra `viz`)."""

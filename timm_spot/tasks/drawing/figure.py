@@ -1,0 +1,110 @@
+"""What all pictures share: images of any kind, figures for light and for dark pages, windows (extra `viz`).
+
+Figures are transparent and text is mid-grey. What matters is told apart by lightness and shape as well as by colour;
+the colours are Okabe & Ito's for the colour-blind - https://jfly.uni-koeln.de/color/
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Tuple, Union
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..pictures.images import to_rgb
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Picture = Union[torch.Tensor, np.ndarray, Image.Image]
+
+BLUE, ORANGE, GREY, DARK = '#0072b2', '#e69f00', '#808080', '#1c1c1c'
+SIDE = 4.  # inches of a picture's longer side
+ROUNDING = 1e-3  # what an image whose normalisation was undone may lie outside [0, 1]
+BLANK = (0.5, 0.5, 0.5, 0.25)  # lets the page show through
+
+
+def to_picture(image: Picture) -> np.ndarray:
+    """Any image that `draw_placement` takes as a float array (H, W, 3) in [0, 1]."""
+    if isinstance(image, Image.Image):
+        return np.asarray(to_rgb(image), dtype=np.float32) / 255
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise TypeError(f'image is an array of {image.dtype}, pass uint8 (or a tensor).')
+        tensor = torch.from_numpy(image if image.ndim == 3 else image[..., None]).permute(2, 0, 1)
+    elif isinstance(image, torch.Tensor):
+        tensor = image.detach().cpu()
+        tensor = tensor[0] if tensor.ndim == 4 and len(tensor) == 1 else tensor
+    else:
+        raise TypeError(f'image must be a PIL image, a uint8 array or a tensor, got {type(image).__name__}.')
+    if tensor.ndim != 3 or len(tensor) not in (1, 3) or tensor.numel() == 0:
+        raise ValueError(
+            f'image of shape {tuple(image.shape)} is no single picture: expected (3, H, W) or (1, H, W) for a tensor, '
+            '(H, W, 3) or (H, W) for an array.')
+    tensor = tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()
+    if not tensor.isfinite().all():
+        raise ValueError(f'image of shape {tuple(image.shape)} holds NaN or infinity.')
+    low, high = tensor.min(), tensor.max()
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        tensor = (tensor - low) / (high - low)
+    return tensor.clamp(0., 1.).expand(3, -1, -1).permute(1, 2, 0).numpy()
+
+
+def figure_size(picture: np.ndarray) -> Tuple[float, float]:
+    """Width and height in inches that keep the aspect; never too narrow for a title."""
+    height, width = np.array(picture.shape[:2]) * SIDE / max(picture.shape[:2])
+    return max(width, 1.8), height
+
+
+def new_figure(width: float, height: float) -> Figure:
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(width, height + 0.3), layout='constrained')
+    figure.patch.set_alpha(0.)
+    return figure
+
+
+def new_axes(picture: np.ndarray) -> Axes:
+    return new_figure(*figure_size(picture)).subplots()
+
+
+def show(ax: Axes, picture: np.ndarray) -> None:
+    H, W = picture.shape[:2]
+    ax.imshow(picture, extent=(-0.5, W - 0.5, H - 0.5, -0.5))
+    hide_frame(ax)
+    ax.set(xlim=(-0.5, W - 0.5), ylim=(H - 0.5, -0.5))
+
+
+def hide_frame(ax: Axes) -> None:
+    """Hide all but a label that the caller may add."""
+    ax.set(xticks=[], yticks=[], facecolor='none')
+    ax.spines[:].set_visible(False)
+
+
+def rectangles(
+        positions: torch.Tensor,
+        window: int,
+        picture: np.ndarray,
+        convention: str,
+) -> Tuple[np.ndarray, np.ndarray]:
+    """Centres (N, 2) of windows in the pixel coordinates of imshow, and their sides (2,), both as (y, x)."""
+    positions = positions.detach().cpu()
+    positions = positions[0] if positions.ndim == 3 and len(positions) == 1 else positions
+    if positions.ndim != 2 or positions.shape[-1] != 2:
+        raise ValueError(f'positions must have shape (N, 2), one placement, got {tuple(positions.shape)}.')
+    size = np.array(picture.shape[:2])
+    if convention == 'spot':
+        return positions.numpy() * size, window * 2 * size / size.sum()
+    return positions.numpy() * size - 0.5, np.array([window, window])
+
+
+def add_windows(ax: Axes, centres: np.ndarray, sides: np.ndarray) -> None:
+    from matplotlib.collections import PatchCollection
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import Rectangle
+
+    height, width = sides
+    windows = [Rectangle((x - width / 2, y - height / 2), width, height) for y, x in centres]
+    ax.add_collection(PatchCollection(windows, facecolor=to_rgba(ORANGE, 0.3), edgecolor=ORANGE, linewidth=1.))
+    ax.scatter(centres[:, 1], centres[:, 0], s=9, color='white', edgecolors=DARK, linewidths=0.6, zorder=3)

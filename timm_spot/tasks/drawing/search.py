@@ -1,0 +1,158 @@
+"""Pictures of a search for better placements, SPoT-ON (extra `viz`)."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import torch
+
+from .figure import (
+    BLUE,
+    DARK,
+    GREY,
+    ORANGE,
+    SIDE,
+    Picture,
+    add_windows,
+    figure_size,
+    new_figure,
+    rectangles,
+    show,
+    to_picture,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from ..search.result import OracleResult
+
+
+def draw_trajectory(
+        image: Picture,
+        result: OracleResult,
+        index: int = 0,
+        axes: Optional[Sequence[Axes]] = None,
+) -> np.ndarray:
+    """Draw where a search moved every token (start, path and end), and beside it the loss at each step.
+
+    Args:
+        image: The image searched, see `draw_placement`.
+        result: Of `timm_spot.optimize_positions`: its `trajectory` (B, steps + 1, N, 2) and `losses` (B, steps + 1).
+        index: Which image of the result.
+        axes: Two axes, for the picture and for the loss; a new figure by default.
+
+    Returns:
+        The two axes.
+
+    Raises:
+        TypeError: `image` is of no known kind.
+        ValueError: The result has no trajectory or no such image.
+    """
+    from matplotlib import patheffects
+
+    picture = to_picture(image)
+    trajectory, losses = _trajectory(result, index)
+    points = trajectory.numpy() * picture.shape[:2] - 0.5  # steps + 1, N, 2
+    if axes is None:
+        width, height = figure_size(picture)
+        figure = new_figure(width + 0.8 * SIDE, max(height, 0.7 * SIDE))
+        axes = figure.subplots(1, 2, width_ratios=(width, 0.8 * SIDE))
+    image_ax, loss_ax = axes
+    show(image_ax, picture)
+    # A dark casing under a light line shows on any photograph.
+    casing = [patheffects.Stroke(linewidth=3, foreground=DARK), patheffects.Normal()]
+    image_ax.plot(points[:, :, 1], points[:, :, 0], color='white', linewidth=1.5, path_effects=casing, zorder=2,
+                  clip_on=False)
+    image_ax.scatter(points[0, :, 1], points[0, :, 0], s=28, color=BLUE, edgecolors='white', linewidths=0.8,
+                     marker='s', zorder=3, clip_on=False, label='start')
+    image_ax.scatter(points[-1, :, 1], points[-1, :, 0], s=28, color=ORANGE, edgecolors=DARK, linewidths=0.8,
+                     marker='o', zorder=4, clip_on=False, label='end')
+    _include(image_ax, points, picture)
+    image_ax.legend(
+        loc='upper center', bbox_to_anchor=(0.5, 0.), ncols=2, frameon=False, labelcolor=GREY, fontsize='medium')
+
+    loss_ax.plot(losses, color=BLUE, linewidth=2, marker='o', markersize=4 if len(losses) <= 30 else 0)
+    loss_ax.set_box_aspect(0.75)
+    loss_ax.set_facecolor('none')
+    loss_ax.set_xlabel('step', color=GREY)
+    loss_ax.set_title('loss', color=GREY, fontsize='medium')
+    loss_ax.xaxis.get_major_locator().set_params(integer=True)
+    loss_ax.tick_params(colors=GREY)
+    loss_ax.spines[['top', 'right']].set_visible(False)
+    loss_ax.spines[['bottom', 'left']].set_color(GREY)
+    return np.array([image_ax, loss_ax])
+
+
+def animate(
+        image: Picture,
+        result: OracleResult,
+        window: int,
+        path: Union[str, Path],
+        index: int = 0,
+        fps: int = 5,
+        convention: str = 'patch',
+) -> Path:
+    """Write a search as a film, one frame for each step: the windows as they move, the step and the loss.
+
+    Args:
+        image: The image searched, see `draw_placement`.
+        result: Of `timm_spot.optimize_positions`, see `draw_trajectory`.
+        window: Side of a window in pixels.
+        path: A .gif, or a .mp4 where ffmpeg is installed.
+        index: Which image of the result.
+        fps: Frames a second.
+        convention: Geometry of the windows, see `timm_spot.sample_windows`.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: `image` is of no known kind.
+        ValueError: Another suffix; the result has no trajectory or no such image.
+        RuntimeError: A .mp4 without ffmpeg.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.animation import FFMpegWriter, PillowWriter
+
+    path = Path(path)
+    if path.suffix not in ('.gif', '.mp4'):
+        raise ValueError(f'path={str(path)!r} must end in .gif or .mp4.')
+    if path.suffix == '.mp4' and not FFMpegWriter.isAvailable():
+        raise RuntimeError(f'{path} needs the program ffmpeg, which is not installed: install it, or write a .gif.')
+    picture = to_picture(image)
+    trajectory, losses = _trajectory(result, index)
+    centres, sides = rectangles(trajectory.flatten(0, 1), window, picture, convention)
+    centres = centres.reshape(trajectory.shape)
+    figure = new_figure(*figure_size(picture))
+    # Films know no transparency: a dark frame with light text stands on any page. Codecs want an even size.
+    figure.patch.set(facecolor=DARK, alpha=1.)
+    figure.set_size_inches(np.ceil(figure.get_size_inches() * 50) / 50)
+    ax = figure.subplots()
+    writer = PillowWriter(fps) if path.suffix == '.gif' else FFMpegWriter(fps)
+    with writer.saving(figure, path, dpi=100):
+        for step, loss in enumerate(losses):
+            ax.clear()
+            show(ax, picture)
+            add_windows(ax, centres[step], sides)
+            _include(ax, centres, picture)
+            ax.set_title(f'step {step}, loss {loss:.3f}', color='#d0d0d0', fontsize='medium')
+            writer.grab_frame(facecolor=DARK)
+    plt.close(figure)
+    return path
+
+
+def _trajectory(result: OracleResult, index: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Positions (steps + 1, N, 2) and losses (steps + 1,) of one image of a result."""
+    if result.trajectory is None:
+        raise ValueError('result has no trajectory: search with optimize_positions(..., record=True).')
+    if not 0 <= index < len(result.losses):
+        raise ValueError(f'index={index} does not exist, the result holds {len(result.losses)} images.')
+    return result.trajectory[index].detach().cpu(), result.losses[index].detach().cpu()
+
+
+def _include(ax: Axes, points: np.ndarray, picture: np.ndarray) -> None:
+    """Widen the view where a search left the image."""
+    (top, left), (bottom, right) = points.min(axis=(0, 1)), points.max(axis=(0, 1))
+    H, W = picture.shape[:2]
+    ax.set(xlim=(min(-0.5, left), max(W - 0.5, right)), ylim=(max(H - 0.5, bottom), min(-0.5, top)))

@@ -1,0 +1,172 @@
+"""A data set decoded once, as bytes in files, so that every placement and budget reads pixels.
+
+`Decoded` keeps what the model's transform makes of pictures; a run that was killed goes on.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from timm.data import create_transform, resolve_model_data_config
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..processes import Processes
+from .datasets import Pictures
+from .images import to_rgb
+
+
+class Batch(NamedTuple):
+    """Decoded pictures of one part of a data set: uint8 (B, C, H, W), labels (B,), numbers in the data set (B,)."""
+
+    pixels: torch.Tensor
+    labels: torch.Tensor
+    index: torch.Tensor
+
+
+class Decoded:
+    """A data set as a model's transform leaves it before normalisation, in a file for each batch.
+
+    Every process decodes its share of the batches, and later computes on that share: no picture counts twice, whatever
+    the number of processes. A batch is the same whoever computes it.
+
+    Args:
+        pictures: The data set.
+        model: Whose data config says how pictures are resized, cropped and normalised.
+        folder: For the files; 150 kB a picture at 224 px.
+        batch_size: Pictures in a file, and in a forward pass.
+        processes: Of this run.
+        skip_broken: Leave out pictures that cannot be read; else they are an error.
+        workers: Processes that decode.
+
+    Attributes:
+        broken: After `decode`, what is wrong with the pictures left out.
+    """
+
+    def __init__(
+            self,
+            pictures: Pictures,
+            model: nn.Module,
+            folder: Path,
+            batch_size: int,
+            processes: Processes,
+            skip_broken: bool = False,
+            workers: int = 0,
+    ) -> None:
+        config = resolve_model_data_config(model)
+        self.transform = create_transform(**config, is_training=False, use_prefetcher=True)
+        self.mean, self.std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+        self.pictures, self.batch_size, self.processes = pictures, batch_size, processes
+        self.skip_broken, self.workers = skip_broken, workers
+        key = json.dumps([pictures.source, pictures.digest(), str(self.transform), batch_size])
+        self.folder = folder / hashlib.sha256(key.encode()).hexdigest()[:12]
+        self.count = 0 if pictures.is_stream else -(-len(pictures) // batch_size)
+        self.broken: List[str] = []
+        if pictures.is_stream and processes.count > 1:
+            raise ValueError(
+                f'{pictures.source} is a stream, which several processes cannot share without counting pictures '
+                'twice: use one process, or a data set with random access (a folder, a tar, hfds/...).')
+
+    def decode(self, progress: Callable[[int], Any]) -> None:
+        """Decode what no file holds yet.
+
+        Args:
+            progress: Called with the number of pictures whenever some are done by this process, or found done.
+
+        Raises:
+            ValueError: A picture cannot be read, and `skip_broken` is off.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.pictures.is_stream:
+            self._decode_stream(progress)
+        else:
+            own = range(self.processes.rank, self.count, self.processes.count)
+            missing = [b for b in own if not self._file(b).exists()]
+            rows = [self._rows(b) for b in missing]
+            progress(sum(len(self._rows(b)) for b in own if b not in missing))
+            loader = DataLoader(
+                _Transformed(self.pictures, self.transform), batch_sampler=rows, num_workers=self.workers,
+                collate_fn=list)
+            for b, loaded in zip(missing, loader):
+                self._write(b, loaded)
+                progress(len(loaded))
+        broken = []
+        for b in range(self.processes.rank, self.count, self.processes.count):
+            with safe_open(self._file(b), framework='pt') as file:
+                broken += json.loads(file.metadata()['broken'])
+        if broken and not self.skip_broken:
+            raise ValueError(f'{broken[0]} --skip-broken leaves such pictures out, and lists them.')
+        self.broken = self.processes.gather(broken)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches of this process."""
+        for b in range(self.processes.rank, self.count, self.processes.count):
+            with safe_open(self._file(b), framework='pt') as file:
+                batch = Batch(*(file.get_tensor(name) for name in Batch._fields))
+            if len(batch.index):
+                yield batch
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (..., C, H, W) of uint8 as the model takes them, by the very operations of timm's transform."""
+        mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
+        return (pixels.float() / 255 - mean) / std
+
+    def _rows(self, b: int) -> range:
+        return range(b * self.batch_size, min((b + 1) * self.batch_size, len(self.pictures)))
+
+    def _file(self, b: int) -> Path:
+        return self.folder / f'{b}.safetensors'
+
+    def _decode_stream(self, progress: Callable[[int], Any]) -> None:
+        loaded: List[_Loaded] = []
+        for i, (picture, label) in enumerate(self.pictures.dataset):
+            loaded.append(_Loaded(i, self.transform(to_rgb(picture)), int(label), ''))
+            progress(1)
+            if len(loaded) == self.batch_size:
+                self._write(self.count, loaded)
+                self.count, loaded = self.count + 1, []
+        if loaded:
+            self._write(self.count, loaded)
+            self.count += 1
+
+    def _write(self, b: int, loaded: List[_Loaded]) -> None:
+        good = [one for one in loaded if not one.broken]
+        broken = [one.broken for one in loaded if one.broken]
+        if broken and not self.skip_broken:
+            raise ValueError(f'{broken[0]} --skip-broken leaves such pictures out, and lists them.')
+        size = good[0].pixels.shape if good else (3, 0, 0)
+        tensors = dict(
+            pixels=torch.stack([one.pixels for one in good]) if good else torch.empty(0, *size, dtype=torch.uint8),
+            labels=torch.tensor([one.label for one in good], dtype=torch.long),
+            index=torch.tensor([one.index for one in good], dtype=torch.long))
+        partial = self._file(b).with_suffix('.tmp')
+        save_file(tensors, partial, metadata=dict(broken=json.dumps(broken)))
+        os.replace(partial, self._file(b))
+
+
+class _Loaded(NamedTuple):
+    index: int
+    pixels: Optional[torch.Tensor]
+    label: int
+    broken: str
+
+
+class _Transformed(Dataset):
+    """Pictures through a transform; one that cannot be read is an entry that says so."""
+
+    def __init__(self, pictures: Pictures, transform: Callable[[Image.Image], torch.Tensor]) -> None:
+        self.pictures, self.transform = pictures, transform
+
+    def __getitem__(self, index: int) -> _Loaded:
+        try:
+            picture, label = self.pictures[index]
+        except ValueError as e:
+            return _Loaded(index, None, -1, str(e))
+        return _Loaded(index, self.transform(picture), int(label), '')

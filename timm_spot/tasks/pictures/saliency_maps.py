@@ -1,0 +1,173 @@
+"""Saliency for a task: maps from a folder, or whatever a command line's `--saliency` names."""
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from ...models.attention_saliency import attention_saliency
+from ...ops.saliency import normalize_saliency, spectral_residual
+from ...ops.samplers import get_sampler
+
+SaliencySource = Callable[[torch.Tensor, Sequence[Union[str, Path]]], torch.Tensor]
+_SUFFIXES = ('.npy', '.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
+
+
+def load_saliency(
+        folder: Union[str, Path],
+        images: Sequence[Union[str, Path]],
+        transform: Callable[[Image.Image], torch.Tensor],
+) -> torch.Tensor:
+    """Saliency maps of images from a folder that holds one file with the stem of each.
+
+    A map is a grey picture (the brightness is the weight; 8 or 16 bit, or float TIFF) or a 2-D array in a .npy file,
+    as saliency and segmentation models write them. Whatever its resolution, it covers its whole image and is resized
+    and cropped with it; padding around the image gets no weight.
+
+    Args:
+        folder: Folder of maps, for example `maps/cat.png` for `photos/cat.jpg`.
+        images: Files of the images.
+        transform: The evaluation transform of the images, from `timm.data.create_transform`; its steps before the
+            conversion to a tensor are applied to the maps.
+
+    Returns:
+        Maps (B, H, W), float32, not negative, each summing to one, in the order of `images`.
+
+    Raises:
+        FileNotFoundError: Maps are missing (the message lists the images without one), or the folder is.
+        ValueError: A map is ambiguous, not 2-D, negative, not finite, or zero everywhere in the crop.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f'folder={str(folder)!r} is no folder of saliency maps.')
+    found: Dict[str, List[Path]] = defaultdict(list)
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in _SUFFIXES:
+            found[path.stem].append(path)
+    images = [Path(image) for image in images]
+    missing = [image.name for image in images if image.stem not in found]
+    if missing:
+        listed = ', '.join(missing[:20]) + (f' and {len(missing) - 20} more' if len(missing) > 20 else '')
+        raise FileNotFoundError(
+            f'{folder} holds no saliency map for {len(missing)} of {len(images)} images: {listed}. A map has the stem '
+            f"of its image and one of the suffixes {', '.join(_SUFFIXES)}.")
+    maps = []
+    for image in images:
+        files = found[image.stem]
+        if len(files) > 1:
+            raise ValueError(f"{image.name} has several saliency maps: {', '.join(map(str, files))}.")
+        with Image.open(image) as opened:
+            size = opened.size
+        maps.append(_transform_map(_read_map(files[0]), size, transform))
+        if not maps[-1].sum() > 0:
+            raise ValueError(f'saliency map {files[0]} is zero wherever the model looks: nowhere to place a token.')
+    return normalize_saliency(torch.stack(maps))
+
+
+def _read_map(path: Path) -> np.ndarray:
+    if path.suffix.lower() == '.npy':
+        values = np.load(path, allow_pickle=False)
+    else:
+        with Image.open(path) as picture:
+            # Colour pictures count by their brightness; 16-bit and float ones are read as they are.
+            grey = picture if picture.mode in ('F', 'I') or picture.mode.startswith('I;16') else picture.convert('L')
+            values = np.asarray(grey)
+    if values.ndim != 2 or values.size == 0:
+        raise ValueError(f'saliency map {path} has shape {values.shape}, expected (height, width).')
+    values = values.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError(f'saliency map {path} holds NaN or infinity.')
+    if values.min() < 0:
+        raise ValueError(f'saliency map {path} must not be negative, its smallest value is {values.min():.3g}.')
+    # Unit scale: sums over many 16-bit pixels keep their digits.
+    return values / max(values.max(), np.finfo(np.float32).tiny)
+
+
+def _transform_map(
+        values: np.ndarray,
+        size: Tuple[int, int],
+        transform: Callable[[Image.Image], torch.Tensor],
+) -> torch.Tensor:
+    """Take a map through what happens to its image of (width, height) pixels before that is a tensor."""
+    picture = Image.fromarray(values).resize(size, Image.Resampling.BILINEAR)
+    for step in transform.transforms:
+        if hasattr(step, 'fill'):
+            step = copy.copy(step)
+            step.fill = 0
+        result = step(picture)
+        if not isinstance(result, Image.Image):
+            break
+        picture = result
+    # Bicubic interpolation undershoots.
+    return torch.from_numpy(np.array(picture)).clamp(min=0.)
+
+
+def saliency_source(source: str, model: nn.Module, transform: Callable[[Image.Image], torch.Tensor]) -> SaliencySource:
+    """What `--saliency` names, as a function from a batch and the files it came from to maps (B, H, W).
+
+    Args:
+        source: 'spectral', 'attention:NAME' (a timm ViT with its pretrained weights) or a folder of maps.
+        model: The model for which the images are normalised.
+        transform: The transform of the images, for a folder.
+
+    Raises:
+        FileNotFoundError: `source` is none of these.
+    """
+    if source == 'spectral':
+        return lambda images, paths: spectral_residual(images)
+    kind, _, name = source.partition(':')
+    if kind == 'attention':
+        vit = timm.create_model(name, pretrained=True).eval()
+        ours, its = resolve_model_data_config(model), resolve_model_data_config(vit)
+
+        def attend(images: torch.Tensor, paths: Sequence[Union[str, Path]]) -> torch.Tensor:
+            our_mean, our_std, its_mean, its_std = (
+                images.new_tensor(value)[:, None, None]
+                for value in (ours['mean'], ours['std'], its['mean'], its['std']))
+            return attention_saliency(vit.to(images.device), (images * our_std + our_mean - its_mean) / its_std)
+
+        return attend
+    if not Path(source).is_dir():
+        raise FileNotFoundError(f"saliency={source!r} is none of: 'spectral', 'attention:NAME', a folder of maps.")
+    return lambda images, paths: load_saliency(source, paths, transform)
+
+
+def choose_prior(
+        model: nn.Module,
+        sampler: Optional[str],
+        saliency: Optional[str],
+        transform: Callable[[Image.Image], torch.Tensor],
+) -> Callable[[torch.Tensor, Sequence[Union[str, Path]]], None]:
+    """Give a model the prior that a command line asks for.
+
+    Args:
+        model: A subpixel ViT.
+        sampler: Its new sampler; by default its own, or 'salient' where `saliency` is given.
+        saliency: See `saliency_source`; for a salient sampler by default the model's own, or 'spectral'.
+        transform: The transform of the images.
+
+    Returns:
+        A function to call with each batch (images, files) before the model: it gives the model the batch's maps.
+
+    Raises:
+        ValueError: An unknown sampler, or a saliency that the sampler has no use for.
+    """
+    sampler = sampler or (model.patch_embed.sampler if saliency is None else 'salient')
+    if 'saliency' not in get_sampler(sampler).keywords:
+        if saliency is not None:
+            raise ValueError(f"saliency={saliency!r} is of no use to sampler={sampler!r}: 'salient' draws from it.")
+        model.set_placement(sampler=sampler)
+        return lambda images, paths: None
+    if saliency is None and model.patch_embed.saliency is not None:
+        model.set_placement(sampler=sampler)
+        return lambda images, paths: None
+    source = saliency_source(saliency or 'spectral', model, transform)
+    return lambda images, paths: model.set_placement(sampler=sampler, saliency=source(images, paths))

@@ -1,0 +1,1 @@
+"""Model folders: converting, exporting, and the Hugging Face Hub."""

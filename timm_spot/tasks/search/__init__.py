@@ -1,0 +1,1 @@
+"""SPoT-ON: placements searched by gradient, for a batch or a whole data set."""
