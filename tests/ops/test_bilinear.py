@@ -26,11 +26,11 @@ def energy(images, positions, k=3):
 
 @pytest.mark.parametrize('k', [1, 2, 3])
 def test_first_and_second_derivatives_to_the_images(k):
-    images, positions = example(k)
+    images, positions = (x[:1] for x in example(k))
     images.requires_grad_()
     for p in (positions, positions.clone().requires_grad_()):  # by grid_sample, and by weighted pixels
-        assert gradcheck(lambda x, p=p: sample_windows(x, p, k), images)
-        assert gradgradcheck(lambda x, p=p: sample_windows(x, p, k), images)
+        assert gradcheck(lambda x, p=p: sample_windows(x, p, k), images, fast_mode=True)
+        assert gradgradcheck(lambda x, p=p: sample_windows(x, p, k), images, fast_mode=True)
 
 
 def test_gradient_to_positions_has_a_derivative_to_the_images():
@@ -40,7 +40,7 @@ def test_gradient_to_positions_has_a_derivative_to_the_images():
         p = positions.clone().requires_grad_()
         return torch.autograd.grad(energy(x, p), p, create_graph=True)[0]
 
-    assert gradcheck(slope, images.requires_grad_())
+    assert gradcheck(slope, images.requires_grad_(), fast_mode=True)
 
 
 @pytest.mark.parametrize('second', [
@@ -61,7 +61,7 @@ def test_second_derivatives_under_spot_are_right_where_torch_has_them():
     images, positions = example()
     inputs = images.requires_grad_(), positions.requires_grad_()
     try:
-        assert gradgradcheck(lambda x, p: sample_windows(x, p, 3, 'spot'), inputs)
+        assert gradgradcheck(lambda x, p: sample_windows(x, p, 3, 'spot'), inputs, fast_mode=True)
     except RuntimeError as e:  # older releases of torch refuse
         assert 'not implemented' in str(e)
 

@@ -5,7 +5,7 @@ Under convention `patch` the derivative is f(x + 1/2 px) - f(x - 1/2 px) instead
 """
 from __future__ import annotations
 
-from typing import Any, NoReturn, Tuple
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,8 @@ def _meet(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def _patch_rows_and_columns(
         positions: torch.Tensor,
         window: int,
-        size: Tuple[int, int],
-) -> Tuple[torch.Tensor, torch.Tensor]:
+        size: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Samples at p * L - 0.5 + offset pixels; with the image counted from -1 to 1, 2 p - 1 is the position itself."""
     offsets = torch.arange(window, device=positions.device, dtype=positions.dtype) - (window - 1) / 2
     H, W = size
@@ -70,7 +70,7 @@ class _SymmetricWindows(torch.autograd.Function):
             positions: torch.Tensor,
             window: int,
             follow: bool,
-    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Windows, and what their derivative to the positions needs: where `follow`, or else nothing."""
         if not follow:
             return patch_windows(images, positions, window), positions.new_empty(0), positions.new_empty(0)
@@ -79,7 +79,7 @@ class _SymmetricWindows(torch.autograd.Function):
         return _weigh_pixels(pixels, *_value_weights(offset).unbind(dim=2)), pixels, offset
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[torch.Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         images, positions, ctx.window, _ = inputs
         _, pixels, offset = output
         ctx.size = images.shape[-2:]
@@ -88,7 +88,7 @@ class _SymmetricWindows(torch.autograd.Function):
         ctx.save_for_backward(images, positions, pixels, offset)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> Tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
             return None, None, None, None
         images, positions, pixels, offset = ctx.saved_tensors
@@ -124,7 +124,7 @@ class _NotAgain(torch.autograd.Function):
         return offset.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         pass
 
     @staticmethod
@@ -147,7 +147,7 @@ def symmetric_windows(images: torch.Tensor, positions: torch.Tensor, window: int
     return _SymmetricWindows.apply(images, positions, window, follow)[0]
 
 
-def _locate(positions: torch.Tensor, window: int, size: Tuple[int, int]) -> Tuple[torch.Tensor, torch.Tensor]:
+def _locate(positions: torch.Tensor, window: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """First pixels (B, N, 2) of the blocks around windows, and by how much, in [0.5, 1.5], samples lie behind them."""
     first = torch.stack([p * L - window / 2 for p, L in zip(positions.unbind(-1), size)], dim=-1)
     corner = (first.detach() - 0.5).floor()
@@ -168,7 +168,7 @@ def _value_weights(offset: torch.Tensor) -> torch.Tensor:
     return torch.stack([(1. - offset).clamp(min=0.), 1. - (offset - 1.).abs(), (offset - 1.).clamp(min=0.)], dim=-1)
 
 
-def _slopes(pixels: torch.Tensor, offset: torch.Tensor, size: Tuple[int, int]) -> Tuple[torch.Tensor, torch.Tensor]:
+def _slopes(pixels: torch.Tensor, offset: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Derivatives (B, C, N, k, k) of windows to y and to x."""
     values_y, values_x = _value_weights(offset).unbind(dim=2)
     # The same tent functions half a pixel ahead minus half a pixel behind.
@@ -195,7 +195,7 @@ def _weigh(x: torch.Tensor, weights: torch.Tensor, dim: int) -> torch.Tensor:
 # What follows is slower than reading by `grid_sample`, but has derivatives of every order.
 
 
-def _pixel_index(corner: torch.Tensor, side: int, size: Tuple[int, int]) -> Tuple[torch.Tensor, torch.Tensor]:
+def _pixel_index(corner: torch.Tensor, side: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the pixels of blocks lie in a flattened image, and whether they lie inside it, (B, 1, N, side, side)."""
     H, W = size
     steps = torch.arange(side, device=corner.device)
@@ -214,7 +214,7 @@ def _scatter_pixels(
         blocks: torch.Tensor,
         index: torch.Tensor,
         inside: torch.Tensor,
-        size: Tuple[int, int],
+        size: tuple[int, int],
 ) -> torch.Tensor:
     """Transpose of `_gather_pixels`: images (B, C, H, W) that hold the sum of all blocks."""
     B, C = blocks.shape[:2]

@@ -10,8 +10,6 @@ with origin and spacing set by the convention, see `sample_windows`.
 """
 from __future__ import annotations
 
-from typing import Tuple
-
 import torch
 
 from .bilinear import patch_windows, read_lattice, symmetric_windows, transformed
@@ -107,7 +105,7 @@ def gather_blocks(
         images: torch.Tensor,
         positions: torch.Tensor,
         window: int,
-) -> Tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The pixels that each window reads (convention `patch`), in the dtype of the images, as small images.
 
     Reading a window from its block gives what the whole image gives, border and gradient included: a block ends either
