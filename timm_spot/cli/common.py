@@ -4,8 +4,7 @@ from __future__ import annotations
 import traceback
 import warnings
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, ContextManager, Iterator
+from typing import Any, Callable, ContextManager, Iterator
 
 import click
 import timm
@@ -15,6 +14,7 @@ from torch import nn
 
 import timm_spot
 
+from ..tasks.drawing.figure import save_figure as save_figure
 from ..tasks.extras import install_hint
 from ..tasks.pictures.saliency_maps import choose_prior
 from .options import BATCH_SIZE as BATCH_SIZE
@@ -22,9 +22,6 @@ from .options import DEFAULT_MODEL as DEFAULT_MODEL
 from .options import NAMES as NAMES
 from .options import saliency_option as saliency_option
 from .params import check_model_name
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @click.group(context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
@@ -125,10 +122,16 @@ def set_prior(
     return lambda *_: None
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    import matplotlib.pyplot as plt
+def kinds_of(model: nn.Module) -> tuple[str, ...]:
+    """Names of the drawings that can be made of a model, the usual one first."""
+    if is_dht(model):
+        return 'regions', 'means', 'hierarchy'
+    return 'placement', 'seen', 'priors', 'trajectory', 'film', 'pruning'
 
-    try:
-        figure.savefig(path, dpi=150)
-    finally:
-        plt.close(figure)
+
+def report_broken(messages: list[str]) -> None:
+    """Name what could not be done, after all that could, and end with exit status 1 if there is any."""
+    for message in messages:
+        click.secho(f'error: {message}', fg='red', err=True)
+    if messages:
+        raise SystemExit(1)

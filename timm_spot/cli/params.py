@@ -11,7 +11,9 @@ import click
 import timm
 import torch
 
+from ..models.pruning_predictor import SCORERS
 from ..ops.samplers import get_sampler
+from ..tasks.drawing.kinds import KINDS
 
 MAX_BUDGET = 1_000_000  # tokens: the pixels of an image of 1,000 x 1,000
 MAX_SEED = 2 ** 63 - 1
@@ -94,6 +96,17 @@ class SamplerName(_Param):
         return value
 
 
+class ScorerName(_Param):
+    """What tokens are judged by."""
+
+    name = 'name'
+
+    def check(self, value: str, name: str) -> str:
+        if value not in SCORERS:
+            raise ValueError(f"{name}={value!r} is unknown, the scorers are {', '.join(SCORERS)}.")
+        return value
+
+
 class SaliencyName(_Param):
     """'spectral', 'attention:NAME' or a folder."""
 
@@ -105,6 +118,17 @@ class SaliencyName(_Param):
             check_model_name(vit)
         elif value != 'spectral' and not Path(value).is_dir():
             raise FileNotFoundError(f"saliency={value!r} is none of: 'spectral', 'attention:NAME', a folder of maps.")
+        return value
+
+
+class KindName(_Param):
+    """A kind of drawing."""
+
+    name = 'kind'
+
+    def check(self, value: str, name: str) -> str:
+        if value not in KINDS:
+            raise ValueError(f"kind={value!r} is unknown, the kinds of drawing are {', '.join(KINDS)}.")
         return value
 
 
