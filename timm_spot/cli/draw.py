@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import click
 import torch
@@ -19,6 +19,7 @@ from .options import (
     model_option,
     n_tokens_option,
     overwrite_option,
+    placer_option,
     saliency_option,
     sampler_option,
     seed_option,
@@ -46,6 +47,7 @@ _HELP = '\n'.join([
 @n_tokens_option
 @sampler_option
 @saliency_option
+@placer_option
 @seed_option
 @click.option('--steps', type=STEPS, default=30, show_default=True, help='Steps of the search in a trajectory or film.')
 @click.option('--lr', type=POSITIVE, default=1e-2, show_default=True, help='Its learning rate.')
@@ -81,7 +83,7 @@ def draw(
     click.echo(f'{out}  {kind}, {out.stat().st_size / 1024:.0f} KiB')
 
 
-def _choose(kind: str | None, name: str | None) -> tuple[str, Any]:
+def _choose(kind: str | None, name: str | None) -> tuple[str, Callable[..., nn.Module]]:
     """The kind to draw, and what opens the model it is drawn with; before any weights are read."""
     if name is None:
         kind = kind or next(iter(KINDS))
@@ -93,20 +95,27 @@ def _choose(kind: str | None, name: str | None) -> tuple[str, Any]:
     kind = kind or kinds[0]
     if kind not in kinds:
         raise ValueError(f'--kind {kind} does not suit {name}, of which can be drawn: {", ".join(kinds)}.')
-    return kind, partial(create_model, name, pretrained=KINDS[kind].alone != 'windows')
+    return kind, partial(_placed_model if KINDS[kind].alone == 'windows' else create_model, name)
 
 
-def _even_windows(weights: None, n_tokens: int | None, **placement: Any) -> nn.Module:
+def _placed_model(name: str, **settings: Any) -> nn.Module:
+    """A model of which nothing but the placement counts: its weights are left out, unless they place the tokens."""
+    model = create_model(name, pretrained=False, **settings)
+    learned = any(True for _ in model.placer.parameters())
+    return create_model(name, **settings) if learned else model
+
+
+def _even_windows(weights: None, n_tokens: int | None, **settings: Any) -> nn.Module:
     """A model whose windows are those of a ViT of 16 px patches at 224 px; what it would answer means nothing."""
     return create_model(
-        'spot_vit_tiny_patch16_in21k', pretrained=False, depth=1, n_tokens=n_tokens or PRIOR_TOKENS, **placement)
+        'spot_vit_tiny_patch16_in21k', pretrained=False, depth=1, n_tokens=n_tokens or PRIOR_TOKENS, **settings)
 
 
-def _package_regions(weights: None, n_tokens: int | None, **placement: Any) -> nn.Module:
+def _package_regions(weights: None, **settings: Any) -> nn.Module:
     """A model whose regions are those of the released tokenizer at 224 px; what it would answer means nothing."""
     from ..tasks.vectorize import RasterToVector
 
-    model = create_model('dht_vit_small_patch16_in1k', pretrained=False, depth=1, n_tokens=n_tokens, **placement)
+    model = create_model('dht_vit_small_patch16_in1k', pretrained=False, depth=1, **settings)
     model.patch_embed.tokenizer = RasterToVector().tokenizer
     return model
 

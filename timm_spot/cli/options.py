@@ -12,6 +12,7 @@ from .params import (
     DeviceName,
     InputFile,
     ModelName,
+    PlacerName,
     SaliencyName,
     SamplerName,
 )
@@ -49,6 +50,8 @@ saliency_option = click.option(
     '--saliency', type=SaliencyName(), metavar='spectral|attention:NAME|FOLDER',
     help="Map for the salient samplers (without --sampler: 'salient'): spectral residual, the attention of a "
          'pretrained timm ViT, or a folder with a map for each picture.')
+placer_option = click.option(
+    '--placer', type=PlacerName(), help="What places the tokens, by its registered name; by default that of the model.")
 seed_option = click.option('--seed', type=SEED, help='For samplers that draw; by default that of the model.')
 device_option = click.option(
     '--device', type=DeviceName(), default='cpu', show_default=True, help='Where the model runs: cpu, cuda, cuda:1 ...')

@@ -11,6 +11,7 @@ import click
 import timm
 import torch
 
+from ..models.placement import get_placer
 from ..models.pruning_predictor import SCORERS
 from ..ops.samplers import get_sampler
 from ..tasks.drawing.kinds import KINDS
@@ -68,7 +69,6 @@ SEED = Number(int, 0, MAX_SEED)
 COUNT = Number(int, 1, MAX_BUDGET)
 STEPS = Number(int, 0, MAX_BUDGET)
 POSITIVE = Number(float, 0, above=True)
-NOT_NEGATIVE = Number(float, 0)
 SHARE = Number(float, 0, 1, above=True)
 
 
@@ -93,6 +93,16 @@ class SamplerName(_Param):
 
     def check(self, value: str, name: str) -> str:
         get_sampler(value)
+        return value
+
+
+class PlacerName(_Param):
+    """A registered placer."""
+
+    name = 'name'
+
+    def check(self, value: str, name: str) -> str:
+        get_placer(value)
         return value
 
 

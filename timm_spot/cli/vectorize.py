@@ -11,7 +11,7 @@ from ..tasks.pictures import images as pictures
 from ..tasks.vectorize import CLOSE, RasterToVector, read_picture
 from .common import clean_errors, main, report_broken
 from .options import device_option, overwrite_option
-from .params import COUNT, NOT_NEGATIVE, POSITIVE, OutputFolder, check_overwrite
+from .params import COUNT, OutputFolder, check_overwrite
 
 
 @main.command()
@@ -20,12 +20,12 @@ from .params import COUNT, NOT_NEGATIVE, POSITIVE, OutputFolder, check_overwrite
 @click.option('--max-side', type=COUNT, default=512, show_default=True,
               help='Shrink pictures whose longer side exceeds this.')
 @click.option('--regions', type=COUNT, help='About how many; by default sqrt(height * width).')
-@click.option('--tolerance', type=NOT_NEGATIVE, default=0.1, show_default=True, help='More leaves out more detail.')
-@click.option('--smoothing', type=COUNT, default=CLOSE['smoothing'], show_default=True,
+@click.option('--tolerance', type=float, default=0.1, show_default=True, help='More leaves out more detail.')
+@click.option('--smoothing', type=int, default=CLOSE['smoothing'], show_default=True,
               help='How often corners are rounded: 2 looks drawn, 1 is nearer to the picture.')
-@click.option('--stroke', type=NOT_NEGATIVE, default=CLOSE['stroke'], show_default=True,
+@click.option('--stroke', type=float, default=CLOSE['stroke'], show_default=True,
               help='Width of the lines that close gaps, in px.')
-@click.option('--longest-edge', type=POSITIVE, default=CLOSE['longest_edge'], show_default=True,
+@click.option('--longest-edge', type=float, default=CLOSE['longest_edge'], show_default=True,
               help='Split straight borders into pieces of so many px: less keeps corners sharper, in larger files.')
 @click.option('--background/--no-background', default=True, show_default=True)
 @device_option
@@ -63,11 +63,15 @@ def vectorize(
         for path, file in paths.items():
             begin = time.monotonic()
             try:
-                picture = read_picture(file, max_side)
+                picture = read_picture(file, max_side).to(device)
             except ValueError as e:
                 broken.append(str(e))
                 continue
-            svg, = model(picture.to(device))
+            try:
+                svg, = model(picture)
+            except ValueError as e:  # nothing is left of its outlines
+                broken.append(f'{file}: {e}')
+                continue
             write_whole(path, svg)
             click.echo(f'{path}  {svg.count("<path")} paths, {path.stat().st_size / 1024:.0f} KiB, '
                        f'{time.monotonic() - begin:.1f} s')
