@@ -14,7 +14,7 @@ from timm.layers import set_reentrant_ckpt, use_reentrant_ckpt
 
 from timm_spot import OracleResult, optimize_positions, sample_positions
 from timm_spot.tasks.pictures.digits import draw_canvases, load_digits, to_input
-from timm_spot.tasks.search.optimize import _reflect
+from timm_spot.tasks.search.settings import reflect
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def test_bounds(tiny, images, bounds):
 def test_reflection_is_a_triangle_wave(x):
     period = x % 2
     expected = period if period <= 1 else 2 - period
-    assert abs(_reflect(torch.tensor([x])).item() - expected) < 1e-5
+    assert abs(reflect(torch.tensor([x])).item() - expected) < 1e-5
 
 
 def test_finished_images_leave_the_batch(tiny, images):
