@@ -303,41 +303,6 @@ def test_activation_checkpointing_gives_the_same_result(tiny, images, reentrant)
         set_reentrant_ckpt(before)
 
 
-def test_saved_result_comes_back(tiny, images, tmp_path):
-    file = tmp_path / 'result.safetensors'
-    for targets in (TARGETS, None):
-        result = optimize_positions(tiny, images, targets, n_tokens=4, steps=1, objective='entropy')
-        result.to_safetensors(file)
-        assert_same(result, OracleResult.from_safetensors(file))
-        assert [f.name for f in tmp_path.iterdir()] == [file.name]
-    with pytest.raises(FileNotFoundError):
-        OracleResult.from_safetensors(tmp_path / 'none.safetensors')
-    from safetensors.torch import save_file
-    save_file(dict(positions=torch.zeros(1, 1, 2)), file)
-    with pytest.raises(ValueError, match=r"no oracle result: it lacks \['losses'"):
-        OracleResult.from_safetensors(file)
-
-
-def test_concat_refuses_what_does_not_fit(tiny, images):
-    a = optimize_positions(tiny, images, TARGETS, n_tokens=4, steps=1)
-    b = optimize_positions(tiny, images, TARGETS, n_tokens=5, steps=1)
-    assert OracleResult.concat([a, a]).positions.shape == (8, 4, 2)
-    with pytest.raises(ValueError, match='results differ'):
-        OracleResult.concat([a, b])
-    with pytest.raises(ValueError, match='results is empty'):
-        OracleResult.concat([])
-
-
-def test_snap_finds_the_nearest_patch_centre(tiny, images):
-    places = torch.tensor([[[0.1, 0.9], [0.26, 0.5], [-0.3, 1.4], [1., 0.]]])
-    result = optimize_positions(tiny, images[:1], TARGETS[:1], init=places, steps=0)
-    expected = torch.tensor([[[0.125, 5 / 6], [0.375, 0.5], [0.125, 5 / 6], [0.875, 1 / 6]]])
-    torch.testing.assert_close(result.snap((4, 3)), expected)
-    torch.testing.assert_close(result.snap(1), torch.full((1, 4, 2), 0.5))
-    with pytest.raises(ValueError, match='at least one row'):
-        result.snap(0)
-
-
 def test_nan_names_the_image(tiny, images):
     images[2, 0, 32, 32] = math.nan
     with pytest.raises(ValueError, match='the loss of image 2 is nan at step 0'):
