@@ -26,8 +26,7 @@ _SETTINGS = 'settings.json'
 _LEFTOVER = re.compile(r'\.(?P<stem>.+)\.\d+\.tmp(?P<suffix>\.[^.]*)?')
 _PART = re.compile(r'\d{9}\.safetensors(\.tmp)?|settings\.tmp')  # .tmp: of version 0.1
 # Settings of modules that change nothing in what a model in eval mode computes.
-_PASSING = {'training', 'fused_attn', 'grad_checkpointing'}
-_PLACEMENT = {'n_tokens', 'train_n_tokens', 'sampler', 'train_sampler', 'seed', 'saliency', 'batches', 'img_size'}
+_PASSING = {'training', 'fused_attn', 'grad_checkpointing', 'batches', 'img_size'}
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -43,16 +42,15 @@ def settings_digest(model: nn.Module) -> str:
     """SHA-256 of how a model computes besides its weights: the classes of its modules and their plain settings.
 
     Two models of one name and the same weights differ in it by convention, pooling, heads, activation and the like.
-    Where a model places its tokens is left out: budget, prior and `placer` are no part of how it computes with them.
+    Where a model places its tokens is left out: its `placer` is no part of how it computes with them.
     """
     described = []
     for name, module in model.named_modules():
         if name.partition('.')[0] == 'placer':
             continue
-        skipped = _PASSING | (_PLACEMENT if name == 'patch_embed' else set())
         plain = {
             key: value for key, value in vars(module).items()
-            if not key.startswith('_') and key not in skipped and _is_plain(value)}
+            if not key.startswith('_') and key not in _PASSING and _is_plain(value)}
         described.append([name, type(module).__qualname__, plain])
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...models.subpixel_embed import Saliency, SubpixelEmbed
+from ...models.placement import Saliency
+from ...models.subpixel_embed import SubpixelEmbed
 from ...ops.windows import check_images
 from .descent import Callback, descend
 from .draws import starting_positions
@@ -57,8 +58,9 @@ def optimize_positions(
         images: (B, C, H, W), as the model takes them.
         targets: (B,) class indices, needed by the objective 'label'; given to others, they only set `correct_*`.
         n_tokens: Budget; by default the model's own, or that of `init`.
-        init: Where to start: name of a sampler, or a placement (B, N, 2) or (N, 2). Without `generator`, a stochastic
-            sampler gives every image the one placement that the model in eval mode would draw by its seed.
+        init: Where to start: name of a sampler, that of the model's own placer (`model.placer.name`, for a placement
+            network), or a placement (B, N, 2) or (N, 2). Without `generator`, a stochastic sampler gives every image
+            the one placement that the model in eval mode would draw by its seed.
         steps: Steps of the optimizer, at least 0.
         lr: Learning rate, in units of the image's side for optimizers such as adamw.
         optimizer: Name of any first-order optimizer of timm.optim. Every image's placement is a parameter of its own.
