@@ -6,7 +6,8 @@ import timm
 import torch
 from PIL import Image
 
-from timm_spot.tasks.pictures.images import denormalize, find_images, load_image, model_transform, to_rgb
+from timm_spot.tasks.pictures.files import find_images
+from timm_spot.tasks.pictures.images import denormalize, load_image, model_transform, to_rgb
 from timm_spot.tasks.predict import class_names, predict
 
 

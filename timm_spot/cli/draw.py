@@ -12,6 +12,7 @@ import timm_spot
 
 from ..models.pruning import TokenPruning
 from ..tasks.pictures import images as pictures
+from ..tasks.pictures.files import find_images
 from ..tasks.pictures.saliency_maps import choose_prior
 from ..tasks.vectorize import CLOSE, RasterToVector, read_picture
 from .common import DEFAULT_MODEL, clean_errors, create_model, is_dht, main, saliency_option, save_figure, set_prior
@@ -131,7 +132,7 @@ def vectorize(
 ) -> None:
     """Draw IMAGES (files, folders, globs) as SVG: a path of smooth curves for each region."""
     with clean_errors():
-        files = pictures.find_images(images)
+        files = find_images(images)
         by_stem = {file.stem: file for file in files}
         for file in files:
             if by_stem[file.stem] != file:

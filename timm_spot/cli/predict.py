@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Optional, Tuple
+from typing import TYPE_CHECKING, Iterator, List, Optional, Sequence, Set, Tuple
 
 import click
 import timm
@@ -14,7 +14,9 @@ from torch import nn
 import timm_spot
 
 from ..tasks import predict as prediction
-from ..tasks.pictures import images as pictures
+from ..tasks.pictures.datasets import Pictures
+from ..tasks.pictures.files import printable
+from ..tasks.pictures.images import denormalize, model_transform
 from .common import (
     BATCH_SIZE,
     DEFAULT_MODEL,
@@ -28,6 +30,9 @@ from .common import (
     set_prior,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 @main.command()
 @click.argument('images', nargs=-1, required=True)
@@ -39,7 +44,8 @@ from .common import (
 @click.option('--weights', type=click.Path(), help="Checkpoint: timm_spot's, the authors' or a timm ViT's.")
 @click.option('--json', 'as_json', is_flag=True, help='Print one JSON list instead of lines.')
 @click.option('--save-placement', type=click.Path(path_type=Path), metavar='PNG',
-              help='Save the picture with its windows; with several pictures PNG-<picture>.png for each.')
+              help='Save the picture with its windows, as .png, .svg, .pdf ...; of several pictures NAME-<picture>.png '
+                   'for each, numbered where two have one name.')
 def predict(
         images: Tuple[str, ...],
         name: str,
@@ -51,59 +57,97 @@ def predict(
         as_json: bool,
         save_placement: Optional[Path],
 ) -> None:
-    """Print the most probable classes of IMAGES (files, folders, globs).
+    """Print the most probable classes of IMAGES (files, folders, tars, globs, or a data set by name).
 
-    A file that is no picture is reported on standard error, the others are still predicted, and the exit status is 1.
+    A file that is no picture, or is not there, is reported at the end on standard error; the others are still
+    predicted, and the exit status is 1.
     """
     with clean_errors():
-        files = pictures.find_images(images)
-        model = create_model(name, weights, n_tokens=n_tokens)
-        transform, names = pictures.model_transform(model), prediction.class_names(model)
-        set_saliency = set_prior(model, sampler, saliency, transform)
-        results, broken = [], []
-        with click.progressbar(length=len(files), file=sys.stderr, label='predict') as bar:
-            for start in range(0, len(files), BATCH_SIZE):
-                loaded = []
-                for file in files[start:start + BATCH_SIZE]:
-                    try:
-                        loaded.append((file, pictures.load_image(file, transform)))
-                    except ValueError as e:
-                        broken.append(str(e))
-                    bar.update(1)
-                if not loaded:
-                    continue
-                batch = torch.stack([image for _, image in loaded])
-                set_saliency(batch, [file for file, _ in loaded])
-                scores = prediction.predict(model, batch, names, topk)
-                results += [(file, row) for (file, _), row in zip(loaded, scores)]
-                if save_placement is not None:
-                    for file, image in loaded:
-                        _draw_placement(model, image, _picture_path(save_placement, file, len(files)))
+        if save_placement is not None:
+            _check_suffix(save_placement)
+        pictures = Pictures(images)
+        broken, results = list(pictures.broken), []
+        if len(pictures) or pictures.is_stream:
+            model = create_model(name, weights, n_tokens=n_tokens)
+            results = _predict(model, pictures, broken, sampler, saliency, topk, save_placement)
     if as_json:
         click.echo(json.dumps(
-            [dict(file=str(file), classes=[score._asdict() for score in row]) for file, row in results], indent=1))
+            [dict(file=file, classes=[score._asdict() for score in row]) for file, row in results], indent=1))
     else:
         for file, row in results:
-            click.echo(f'{file}  ' + '  '.join(f'{score.name} {score.probability:.1%}' for score in row))
+            scores = '  '.join(f'{score.name} {score.probability:.1%}' for score in row)
+            click.echo(f'{printable(file)}  {scores}')
     for message in broken:
         click.secho(f'error: {message}', fg='red', err=True)
     if broken:
         raise SystemExit(1)
 
 
-def _picture_path(path: Path, file: Path, n_files: int) -> Path:
-    return path if n_files == 1 else path.with_name(f'{path.stem}-{file.stem}.png')
+def _predict(
+        model: nn.Module,
+        pictures: Pictures,
+        broken: List[str],
+        sampler: Optional[str],
+        saliency: Optional[str],
+        topk: int,
+        save_placement: Optional[Path],
+) -> List[Tuple[str, List[prediction.ClassScore]]]:
+    """Names and classes of all pictures that can be read; what is wrong with the others goes into `broken`."""
+    names = prediction.class_names(model)
+    set_saliency = set_prior(model, sampler, saliency, model_transform(model))
+    results, foreign, used = [], [], set()
+    with click.progressbar(length=len(pictures), file=sys.stderr, label='predict') as bar:
+        for batch in prediction.read_batches(pictures, model, BATCH_SIZE, broken):
+            set_saliency(batch.images, batch.names)
+            results += zip(batch.names, prediction.predict(model, batch.images, names, topk))
+            foreign += batch.foreign
+            if save_placement is not None:
+                for file, figure in zip(batch.names, _draw_placements(model, batch.images)):
+                    save_figure(figure, _picture_path(save_placement, file, len(pictures) != 1, used))
+            bar.update(len(batch.names))
+    if foreign:
+        more = f' and {len(foreign) - 1} more' if len(foreign) > 1 else ''
+        click.secho(
+            f'warning: this model reads digits on canvases of 64 x 64 pixels; {printable(foreign[0])}{more} is no such '
+            'picture: for photographs give another --model', fg='yellow', err=True)
+    return results
 
 
-def _draw_placement(model: nn.Module, image: torch.Tensor, path: Path) -> None:
-    """Draw the windows, or the regions, that a model takes as the tokens of an image (3, H, W)."""
-    picture = pictures.denormalize(model, image)
-    if is_dht(model):
-        figure = timm_spot.draw_regions(picture, model.segment(image[None]).segmentation[0]).figure
-    else:
-        embed, positions = model.patch_embed, model.place(image[None])
-        figure = timm_spot.draw_placement(picture, positions, embed.window, convention=embed.convention).figure
-    save_figure(figure, path)
+def _check_suffix(path: Path) -> None:
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix[1:].lower() not in ('', *known):
+        raise ValueError(f"--save-placement {path} must end in one of {', '.join(known)}.")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f'--save-placement {path}: there is no folder {path.parent}.')
+
+
+def _picture_path(path: Path, file: str, several: bool, used: Set[str]) -> Path:
+    """Where the placement of a picture goes: a file of its own."""
+    path = path if path.suffix else path.with_suffix('.png')
+    if not several:
+        return path
+    stem = f'{path.stem}-{printable(Path(file).stem)}'
+    chosen, count = stem, 1
+    while chosen.casefold() in used:
+        count += 1
+        chosen = f'{stem}-{count}'
+    used.add(chosen.casefold())
+    return path.with_name(chosen + path.suffix)
+
+
+def _draw_placements(model: nn.Module, images: torch.Tensor) -> Iterator[Figure]:
+    """Draw the windows, or the regions, that a model takes as the tokens of images (B, C, H, W), one by one."""
+    pictures = denormalize(model, images)
+    # Placed as one batch: the maps of a salient sampler are those of the batch.
+    places: Sequence[torch.Tensor] = model.segment(images).segmentation if is_dht(model) else model.place(images)
+    for picture, place in zip(pictures, places):
+        if is_dht(model):
+            yield timm_spot.draw_regions(picture, place).figure
+        else:
+            embed = model.patch_embed
+            yield timm_spot.draw_placement(picture, place, embed.window, convention=embed.convention).figure
 
 
 @main.command()

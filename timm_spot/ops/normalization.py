@@ -35,7 +35,12 @@ class Normalization:
         """Images (..., C, H, W), floating point in [0, 1] or uint8, as a model takes them; float32 of uint8.
 
         By the operations of timm's transform, so that the results are the same to the last bit.
+
+        Raises:
+            TypeError: Other integers, of which nobody knows what is white.
         """
+        if not images.is_floating_point() and images.dtype != torch.uint8:
+            raise TypeError(f'images are of {images.dtype}: pass floating point in [0, 1], or uint8.')
         mean, std = self._constants(images)
         if images.dtype == torch.uint8:
             images = images.to(torch.float32).div_(255)

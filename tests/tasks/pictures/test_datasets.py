@@ -80,7 +80,7 @@ class _Shared(Processes):
 
 def test_a_broken_picture_is_an_error_or_a_listed_skip(pico, folder, tmp_path):
     (folder / '3' / '0.png').write_bytes((folder / '3' / '0.png').read_bytes()[:200])
-    with pytest.raises(ValueError, match=r'3/0\.png is no picture that can be read'):
+    with pytest.raises(ValueError, match=r'3/0\.png is damaged'):
         read(Pictures(str(folder)), pico, tmp_path)
     decoded, batches = read(Pictures(str(folder)), pico, tmp_path, skip_broken=True)
     assert torch.cat([b.index for b in batches]).tolist() == [i for i in range(20) if i != 6]

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .images import model_normalization, picture_channels
+
 CANVAS = 64
 _STROKES = 4
 
@@ -87,6 +89,5 @@ def draw_canvases(digits: torch.Tensor, generator: torch.Generator, distort: boo
 
 
 def to_input(canvases: torch.Tensor, model: nn.Module) -> torch.Tensor:
-    """Canvases (B, 64, 64) of uint8 to the input (B, 3, 64, 64) that a model's own transform makes of such pictures."""
-    mean, std = model.pretrained_cfg['mean'][0], model.pretrained_cfg['std'][0]
-    return ((canvases.float() / 255 - mean) / std)[:, None].expand(-1, 3, -1, -1)
+    """Canvases (B, 64, 64) of uint8 to the input (B, C, 64, 64) that a model's own transform makes of such pictures."""
+    return model_normalization(model)(canvases[:, None].expand(-1, picture_channels(model), -1, -1))

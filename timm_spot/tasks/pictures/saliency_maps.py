@@ -10,12 +10,14 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from timm.data import resolve_model_data_config
 from torch import nn
+from torchvision.transforms import Grayscale
 
 from ...models.attention_saliency import attention_saliency
 from ...ops.saliency import normalize_saliency, spectral_residual
 from ...ops.samplers import get_sampler
+from .files import open_regular, printable
+from .images import model_normalization, picture_size, read_grey
 
 SaliencySource = Callable[[torch.Tensor, Sequence[Union[str, Path]]], torch.Tensor]
 _SUFFIXES = ('.npy', '.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
@@ -64,9 +66,7 @@ def load_saliency(
         files = found[image.stem]
         if len(files) > 1:
             raise ValueError(f"{image.name} has several saliency maps: {', '.join(map(str, files))}.")
-        with Image.open(image) as opened:
-            size = opened.size
-        maps.append(_transform_map(_read_map(files[0]), size, transform))
+        maps.append(_transform_map(_read_map(files[0]), picture_size(image), transform))
         if not maps[-1].sum() > 0:
             raise ValueError(f'saliency map {files[0]} is zero wherever the model looks: nowhere to place a token.')
     return normalize_saliency(torch.stack(maps))
@@ -74,14 +74,17 @@ def load_saliency(
 
 def _read_map(path: Path) -> np.ndarray:
     if path.suffix.lower() == '.npy':
-        values = np.load(path, allow_pickle=False)
+        try:
+            with open_regular(path) as file:
+                values = np.lib.format.read_array(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError, SyntaxError, MemoryError) as e:
+            raise ValueError(f'saliency map {printable(path)} is no array that can be read: {e}.') from e
     else:
-        with Image.open(path) as picture:
-            # Colour pictures count by their brightness; 16-bit and float ones are read as they are.
-            grey = picture if picture.mode in ('F', 'I') or picture.mode.startswith('I;16') else picture.convert('L')
-            values = np.asarray(grey)
-    if values.ndim != 2 or values.size == 0:
-        raise ValueError(f'saliency map {path} has shape {values.shape}, expected (height, width).')
+        values = read_grey(path)
+    if values.ndim != 2 or values.size == 0 or values.dtype.kind not in 'buif':
+        raise ValueError(
+            f'saliency map {path} has shape {values.shape}, expected (height, width), of {values.dtype}, expected '
+            'numbers.')
     values = values.astype(np.float32)
     if not np.isfinite(values).all():
         raise ValueError(f'saliency map {path} holds NaN or infinity.')
@@ -99,6 +102,8 @@ def _transform_map(
     """Take a map through what happens to its image of (width, height) pixels before that is a tensor."""
     picture = Image.fromarray(values).resize(size, Image.Resampling.BILINEAR)
     for step in transform.transforms:
+        if isinstance(step, Grayscale):
+            continue  # has one channel, and its values are no colours
         if hasattr(step, 'fill'):
             step = copy.copy(step)
             step.fill = 0
@@ -126,13 +131,13 @@ def saliency_source(source: str, model: nn.Module, transform: Callable[[Image.Im
     kind, _, name = source.partition(':')
     if kind == 'attention':
         vit = timm.create_model(name, pretrained=True).eval()
-        ours, its = resolve_model_data_config(model), resolve_model_data_config(vit)
+        ours, its = model_normalization(model), model_normalization(vit)
 
         def attend(images: torch.Tensor, paths: Sequence[Union[str, Path]]) -> torch.Tensor:
-            our_mean, our_std, its_mean, its_std = (
-                images.new_tensor(value)[:, None, None]
-                for value in (ours['mean'], ours['std'], its['mean'], its['std']))
-            return attention_saliency(vit.to(images.device), (images * our_std + our_mean - its_mean) / its_std)
+            pictures = ours.undo(images)
+            if len(ours.mean) != len(its.mean):  # one of the two reads grey
+                pictures = pictures.mean(dim=1, keepdim=True).expand(-1, len(its.mean), -1, -1)
+            return attention_saliency(vit.to(images.device), its(pictures))
 
         return attend
     if not Path(source).is_dir():
