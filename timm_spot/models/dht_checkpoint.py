@@ -16,7 +16,7 @@ from timm.models import clean_state_dict
 from torch import nn
 
 from ..ops.regions.features import fit_histogram_weights
-from .spot_checkpoint import StateDict, adapt_tail, fold_prefix, split_table
+from .vit_checkpoint import StateDict, adapt_tail, fold_prefix, split_table
 
 # The authors' names on the left, timm's on the right; theirs apply k_norm to queries.
 _AUTHORS_NAMES = (

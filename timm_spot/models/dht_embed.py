@@ -10,19 +10,12 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import nn
 
 from ..ops.regions.features import gradient_histogram, position_histogram, region_windows
 from .dht_tokenizer import HierarchicalTokenizer, Regions, check_budget
-
-
-class WindowProjection(nn.Conv2d):
-    """A patch convolution on single windows: (M, C, k, k) to (M, embed_dim, 1, 1), as one matrix product."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
+from .subpixel_embed import WindowProjection
 
 
 def pad_tokens(
