@@ -163,7 +163,7 @@ def test_drop_path_is_the_same_in_every_block():
 
 @torch.no_grad()
 def test_budget_of_a_built_model(tiny, images):
-    tiny.set_placement(n_tokens=9)
+    tiny.set_budget(9)
     assert tiny.n_tokens == 9 and tiny.segment(images).counts.max() == 9
 
 

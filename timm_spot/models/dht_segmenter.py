@@ -4,8 +4,6 @@ Paper: `Differentiable Hierarchical Visual Tokenization` (dHT) - https://arxiv.o
 """
 from __future__ import annotations
 
-from typing import Dict, Optional
-
 import torch
 from timm.layers import Mlp
 from torch import nn
@@ -52,7 +50,7 @@ class DhtSegmenter(nn.Module):
         classifier = nn.Linear(width, num_classes)
         self.head = nn.Sequential(Mlp(width, 4 * width), classifier) if mlp else classifier
 
-    def load_authors(self, state_dict: Dict[str, torch.Tensor]) -> DhtSegmenter:
+    def load_authors(self, state_dict: dict[str, torch.Tensor]) -> DhtSegmenter:
         """Load a dense model's weights under the authors' names; returns self."""
         own = {k: v for k, v in state_dict.items() if k.startswith(('norm.', 'head.'))}
         rest = checkpoint_filter_fn({k: v for k, v in state_dict.items() if k not in own}, self.backbone)
@@ -82,7 +80,7 @@ class DhtSegmenter(nn.Module):
             images: torch.Tensor,
             labels: torch.Tensor,
             gamma: int = 4,
-            ignored_class: Optional[int] = None,
+            ignored_class: int | None = None,
     ) -> torch.Tensor:
         """Focal loss of the tokens, plus that of the class token against the areas of the classes where there is one.
 
