@@ -14,6 +14,7 @@ from torch import nn
 
 import timm_spot
 
+from ..tasks.evaluation.families import family_of, name_patterns
 from ..tasks.pictures.saliency_maps import choose_prior
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 32
 DEFAULT_MODEL = 'spot_vit_pico_patch8_64'
-NAMES = ['spot_*', 'dht_*', 'relevance_spot_*']
+NAMES = name_patterns()
 
 
 @click.group(context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))

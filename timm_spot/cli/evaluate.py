@@ -56,7 +56,7 @@ class _List(click.ParamType):
 @click.option('--class-map', default='', help="Names of the model's classes in order, one a line, for a folder or tar.")
 @click.option('--amp', type=click.Choice(['bfloat16', 'float16']), help='Run the models under autocast.')
 @click.option('--batch-size', type=click.IntRange(min=1), default=64, show_default=True)
-@click.option('--workers', type=int, default=0, show_default=True, help='Processes that decode pictures.')
+@click.option('--workers', type=click.IntRange(min=0), default=0, show_default=True, help='Processes that decode pictures.')
 @click.option('--device', default='cpu', show_default=True)
 @click.option('--skip-broken', is_flag=True, help='Leave out pictures that cannot be read, and list them.')
 @click.option('--out', type=click.Path(file_okay=False, path_type=Path), default='evaluation', show_default=True)
@@ -85,37 +85,51 @@ def evaluate(
     timm_spot.cli evaluate ...`.
     """
     from ..tasks.evaluation import run as evaluation
-    from ..tasks.evaluation.report.page import check_matplotlib, write_report
-    from ..tasks.evaluation.rows import Knn, list_cells
+    from ..tasks.evaluation.plan import plan_rows
+    from ..tasks.evaluation.report.page import write_report
+    from ..tasks.evaluation.report.plots import check_matplotlib
+    from ..tasks.evaluation.request import Knn, Request
     from ..tasks.pictures.datasets import Pictures
     from ..tasks.processes import start_processes
 
     with clean_errors():
         check_matplotlib()
         processes = start_processes(device)
-        out.mkdir(parents=True, exist_ok=True)
         names = names or (_DEFAULT_SPARSE_MODEL if 'relevance' in what['scorers'] else DEFAULT_MODEL,)
         models = {name: create_any_model(name) for name in names}
         pictures = Pictures(data, split, data_dir, class_map)
         knn = None
         if train is not None:
             knn = Knn(Pictures(train, 'train', data_dir, class_map), knn_k, knn_temperature)
-        budgets = budgets or ((9, 25, 49, 64) if data == 'digits' else (25, 49, 100, 196))
-        cells = list_cells(models, pictures, split, budgets=budgets, amp=amp, knn=knn, **what)
-        missing = evaluation.missing_cells(cells, out)
-        with click.progressbar(
-                length=evaluation.count_work(missing, pictures, knn), label=f'{len(missing)} rows',
-                file=sys.stderr if processes.is_main else io.StringIO()) as bar:
-            broken = evaluation.evaluate(
-                cells, pictures, out, processes, knn, amp, batch_size, workers, skip_broken,
-                progress=lambda count: bar.update(count * processes.count))
-        if not processes.is_main:
-            return
-        write_report(out, models, pictures)
-    for message in broken:
-        click.secho(f'skipped: {message}', fg='yellow', err=True)
+        request = Request(
+            budgets=budgets or ((9, 25, 49, 64) if data == 'digits' else (25, 49, 100, 196)), knn=knn, amp=amp,
+            split=split, labelled=_labelled(data_dir, class_map), **what)
+        planned = plan_rows(models, pictures, request)
+        with evaluation.open_folder(out, processes) as problems:
+            missing = evaluation.missing_rows(planned, out)
+            with click.progressbar(
+                    length=evaluation.count_work(missing, pictures, knn), label=f'{len(missing)} rows',
+                    file=sys.stderr if processes.is_main else io.StringIO()) as bar:
+                run = evaluation.Run(
+                    out, processes, knn, amp, batch_size, workers, skip_broken,
+                    progress=lambda count: bar.update(count * processes.count))
+                broken = evaluation.evaluate(missing, pictures, run)
+            if processes.is_main:
+                problems += write_report(out, models, pictures, processes.device)
+    if not processes.is_main:
+        return
+    for message in (*(f'skipped: {m}' for m in broken), *(f'warning: {m}' for m in problems)):
+        click.secho(message, fg='yellow', err=True)
     click.echo((out / 'results.md').read_text(encoding='utf-8'))
-    click.echo(f'{len(missing)} rows computed, {len(cells) - len(missing)} found; report: {out / "report.html"}')
+    click.echo(f'{len(missing)} rows computed, {len(planned) - len(missing)} found; report: {out / "report.html"}')
+
+
+def _labelled(data_dir: Optional[str], class_map: str) -> str:
+    """What labels depend on beside the pictures; '' by default."""
+    parts = [str(Path(data_dir).resolve())] if data_dir else []
+    if class_map:
+        parts.append(Path(class_map).read_text(encoding='utf-8'))
+    return '\n'.join(parts)
 
 
 @main.command()

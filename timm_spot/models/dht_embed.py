@@ -166,7 +166,12 @@ class HierarchicalEmbed(nn.Module):
             tokens = tokens + self.grad_proj(gradient.to(weight.dtype))
         return tokens
 
-    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, Regions]:
-        regions = self.tokenizer(x, self.n_tokens, strict=self.strict and self.n_tokens is not None)
+    def forward(
+            self,
+            x: torch.Tensor,
+            n_tokens: Optional[int] = None,
+    ) -> Tuple[torch.Tensor, torch.Tensor, Regions]:
+        n_tokens = self.n_tokens if n_tokens is None else n_tokens
+        regions = self.tokenizer(x, n_tokens, strict=self.strict and n_tokens is not None)
         tokens, mask = pad_tokens(self.embed(regions), regions.counts, regions.image)
         return tokens, mask, regions

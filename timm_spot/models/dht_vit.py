@@ -144,9 +144,13 @@ class DhtVisionTransformer(VisionTransformer):
         embed = self.patch_embed
         return embed.tokenizer(images, embed.n_tokens, strict=embed.strict and embed.n_tokens is not None)
 
-    def _embed(self, x: torch.Tensor) -> Tuple[TokenFeatures, Optional[torch.Tensor]]:
+    def _embed(
+            self,
+            x: torch.Tensor,
+            n_tokens: Optional[int] = None,
+    ) -> Tuple[TokenFeatures, Optional[torch.Tensor]]:
         """Embedded tokens, and the attention mask: None where there is no padding, which faster kernels like."""
-        x, mask, regions = self.patch_embed(x)
+        x, mask, regions = self.patch_embed(x) if n_tokens is None else self.patch_embed(x, n_tokens)
         prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         x = self.norm_pre(self.pos_drop(torch.cat([*prefix, x], dim=1)))
         mask = torch.cat([mask.new_ones(len(x), self.num_prefix_tokens), mask], dim=1)
@@ -158,9 +162,14 @@ class DhtVisionTransformer(VisionTransformer):
             return checkpoint(block, x, attn_mask)
         return block(x, attn_mask=attn_mask)
 
-    def forward_features(self, x: torch.Tensor) -> TokenFeatures:
-        """Images (B, 3, H, W) to all tokens after the last block, their mask, and the regions they are."""
-        features, attn_mask = self._embed(x)
+    def forward_features(self, x: torch.Tensor, n_tokens: Optional[int] = None) -> TokenFeatures:
+        """Images (B, 3, H, W) to all tokens after the last block, their mask, and the regions they are.
+
+        Args:
+            x: Images.
+            n_tokens: Instead of the model's budget.
+        """
+        features, attn_mask = self._embed(x, n_tokens)
         x = features.tokens
         for block in self.blocks:
             x = self._run_block(block, x, attn_mask)
