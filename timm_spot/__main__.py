@@ -11,9 +11,8 @@ import runpy
 import sys
 from pathlib import Path
 
-from timm.models import _builder
-
 from .models import SpotPretrainedCfg
+from .models._timm import let_scripts_read
 
 
 def main() -> None:
@@ -31,7 +30,7 @@ def main() -> None:
         sys.exit(f'python -m timm_spot: --data-dir {given.data_dir} does not exist')
     # Scripts build the config of a hf-hub: or local-dir: model before our entrypoint can; this lets them read
     # n_tokens, sampler and the like in it. Fields that are unset never show.
-    _builder.PretrainedCfg = SpotPretrainedCfg
+    let_scripts_read(SpotPretrainedCfg)
     del sys.argv[0]
     sys.path[0] = str(script.parent.resolve())
     runpy.run_path(str(script), run_name='__main__')

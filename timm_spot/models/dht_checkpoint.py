@@ -11,10 +11,10 @@ from typing import Dict
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_patch_embed
-from timm.models._input import update_model_args
 from torch import nn
 
 from ..ops.regions.features import fit_histogram_weights
+from ._timm import update_model_args
 from .spot_checkpoint import adapt_tail, fold_prefix, split_table
 
 StateDict = Dict[str, torch.Tensor]

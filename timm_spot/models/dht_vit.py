@@ -16,20 +16,19 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
 from timm.models import (
+    PretrainedCfg,
     build_model_with_cfg,
     checkpoint,
     generate_default_cfgs,
     get_pretrained_cfg,
     register_model,
+    resolve_pretrained_cfg,
 )
-from timm.models._builder import resolve_pretrained_cfg
-from timm.models._features import feature_take_indices
-from timm.models._input import update_model_args
-from timm.models._pretrained import PretrainedCfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ._features import Intermediates, format_intermediates
+from ._timm import feature_take_indices, update_model_args
 from .dht_checkpoint import checkpoint_filter_fn
 from .dht_embed import HierarchicalEmbed
 from .dht_tokenizer import Regions

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Optional, Union
 
 from huggingface_hub.errors import EntryNotFoundError
-from timm.models._builder import _resolve_pretrained_source
-from timm.models._hub import download_from_hf
-from timm.models._pretrained import PretrainedCfg
+from timm.models import PretrainedCfg
+
+from ._timm import download_from_hf, resolve_pretrained_source
 
 
 def check_source(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = None) -> None:
@@ -29,7 +29,7 @@ def check_source(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = Non
     """
     if cfg.file and not Path(cfg.file).exists():
         raise FileNotFoundError(f'{cfg.file} does not exist.')
-    source, location = _resolve_pretrained_source(vars(cfg))
+    source, location = resolve_pretrained_source(vars(cfg))
     if source != 'hf-hub':
         return
     hub_id, filename = (location, 'model.safetensors') if isinstance(location, str) else location

@@ -13,8 +13,6 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 import torch
 from timm.layers import Attention
 from timm.models import checkpoint
-from timm.models._features import feature_take_indices
-from timm.models._input import update_model_args
 from timm.models.vision_transformer import Block
 from torch import nn
 
@@ -30,6 +28,7 @@ from ..ops.attention import (
     received_attention,
 )
 from ._features import Intermediates, format_intermediates
+from ._timm import feature_take_indices, update_model_args
 from .pruning_predictor import SCORERS, RelevancePredictor, attend, sample_mask
 
 _PRUNING_FIELDS = ('keep_rate', 'stages', 'scorer', 'read', 'scorer_seed')

@@ -12,10 +12,10 @@ from typing import Any, Dict, Optional, Sequence, Union
 
 import timm
 import torch
-from timm.models._input import update_model_args
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from ._timm import update_model_args
 from .pruning import TokenPruning, check_no_mask
 from .spot_vit import SubpixelVisionTransformer
 

@@ -11,10 +11,15 @@ from typing import Any, Callable, Dict, Optional
 
 import timm
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
-from timm.models._builder import resolve_pretrained_cfg
-from timm.models._factory import resolve_model_input_args
-from timm.models._pretrained import PretrainedCfg
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+    resolve_model_input_args,
+    resolve_pretrained_cfg,
+)
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 

@@ -8,8 +8,7 @@ from typing import Callable, Dict, List, Sequence
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import create_transform, resolve_model_data_config
-from timm.data.readers.img_extensions import get_img_extensions
+from timm.data import create_transform, get_img_extensions, resolve_model_data_config
 from torch import nn
 
 

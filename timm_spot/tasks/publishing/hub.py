@@ -12,11 +12,10 @@ from typing import Dict, List, Optional, Union
 import safetensors
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import validate_repo_id
-from timm.models import is_model, parse_model_name, save_for_hf
-from timm.models._factory import resolve_model_input_args
-from timm.models._input import get_model_args, update_model_args
+from timm.models import get_model_args, is_model, parse_model_name, resolve_model_input_args, save_for_hf
 from torch import nn
 
+from ...models._timm import update_model_args
 from ...models.spot_vit import PROJECT_PAGE, SubpixelVisionTransformer
 
 FILES = ('model.safetensors', 'config.json', 'README.md')
