@@ -55,7 +55,7 @@ def create_any_model(name: str, weights: Optional[str] = None, **kwargs: Any) ->
 def create_model(name: str, weights: Optional[str] = None, **kwargs: Any) -> nn.Module:
     """A model of ours, see `create_any_model`; an error for any other."""
     model = create_any_model(name, weights, **kwargs)
-    if not isinstance(model, timm_spot.models.SubpixelVisionTransformer) and not is_dht(model):
+    if not family_of(model).patterns:
         raise ValueError(f'{name} is no model of timm_spot: `timm-spot models` lists those that are.')
     return model
 
@@ -63,14 +63,12 @@ def create_model(name: str, weights: Optional[str] = None, **kwargs: Any) -> nn.
 def create_subpixel_model(name: str, weights: Optional[str] = None, **kwargs: Any) -> nn.Module:
     """A model of ours that places its tokens; an error for a dHT model."""
     model = create_model(name, weights, **kwargs)
-    if is_dht(model):
+    family = family_of(model)
+    if not family.has_samplers:
         raise ValueError(
-            f'{name} is a dHT model, whose tokens are regions that it finds itself: this command is for subpixel ViTs.')
+            f'{name} is a {family.name} model, whose tokens lie where it finds them itself: this command is for '
+            'subpixel ViTs.')
     return model
-
-
-def is_dht(model: nn.Module) -> bool:
-    return isinstance(model, timm_spot.models.DhtVisionTransformer)
 
 
 saliency_option = click.option(
@@ -82,11 +80,12 @@ saliency_option = click.option(
 def set_prior(
         model: nn.Module, sampler: Optional[str], saliency: Optional[str], transform: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """`choose_prior`, which a dHT model has no use for: its tokens follow the image."""
-    if not is_dht(model):
+    """`choose_prior`, for which families without samplers, such as dHT, have no use."""
+    family = family_of(model)
+    if family.has_samplers:
         return choose_prior(model, sampler, saliency, transform)
     if sampler or saliency:
-        raise ValueError('a dHT model finds its tokens itself: leave out --sampler and --saliency.')
+        raise ValueError(f'a {family.name} model finds its tokens itself: leave out --sampler and --saliency.')
     return lambda *_: None
 
 

@@ -11,10 +11,11 @@ import torch
 import timm_spot
 
 from ..models.pruning import TokenPruning
+from ..tasks.evaluation.families import family_of
 from ..tasks.pictures import images as pictures
 from ..tasks.pictures.saliency_maps import choose_prior
 from ..tasks.vectorize import CLOSE, RasterToVector, read_picture
-from .common import DEFAULT_MODEL, clean_errors, create_model, is_dht, main, saliency_option, save_figure, set_prior
+from .common import DEFAULT_MODEL, clean_errors, create_model, main, saliency_option, save_figure, set_prior
 
 
 @main.command()
@@ -65,18 +66,19 @@ def draw(
         batch = pictures.load_image(image, transform)[None]
         picture = pictures.denormalize(model, batch[0])
         region_kinds = dict(regions=timm_spot.draw_regions, means=timm_spot.draw_region_means)
-        if is_dht(model) != ((kind or ('regions' if is_dht(model) else '')) in (*region_kinds, 'hierarchy')):
+        kinds = family_of(model).kinds
+        kind = kind or (kinds[0] if kinds else None)
+        if kind not in kinds:
             raise ValueError(f'--kind {kind} does not suit {name}: see `timm-spot draw --help`.')
-        if is_dht(model):
+        if kind in (*region_kinds, 'hierarchy'):
             set_prior(model, sampler, saliency, transform)
             regions = model.segment(batch)
             if kind == 'hierarchy':
                 axes = timm_spot.draw_hierarchy(picture, [level[0] for level in regions.levels])[0, 0]
             else:
-                axes = region_kinds[kind or 'regions'](picture, regions.segmentation[0])
+                axes = region_kinds[kind](picture, regions.segmentation[0])
             save_figure(axes.figure, out)
             return
-        kind = kind or 'placement'
         if kind == 'priors':
             save_figure(timm_spot.draw_priors(picture, n_tokens or 25, embed.window)[0, 0].figure, out)
             return

@@ -14,6 +14,7 @@ from torch import nn
 import timm_spot
 
 from ..tasks import predict as prediction
+from ..tasks.evaluation.families import family_of
 from ..tasks.pictures import images as pictures
 from .common import (
     BATCH_SIZE,
@@ -21,7 +22,6 @@ from .common import (
     NAMES,
     clean_errors,
     create_model,
-    is_dht,
     main,
     saliency_option,
     save_figure,
@@ -98,7 +98,7 @@ def _picture_path(path: Path, file: Path, n_files: int) -> Path:
 def _draw_placement(model: nn.Module, image: torch.Tensor, path: Path) -> None:
     """Draw the windows, or the regions, that a model takes as the tokens of an image (3, H, W)."""
     picture = pictures.denormalize(model, image)
-    if is_dht(model):
+    if family_of(model).kinds[0] == 'regions':
         figure = timm_spot.draw_regions(picture, model.segment(image[None]).segmentation[0]).figure
     else:
         embed, positions = model.patch_embed, model.place(image[None])
