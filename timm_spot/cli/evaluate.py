@@ -4,9 +4,10 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import click
+from torch import nn
 
 from .common import DEFAULT_MODEL, clean_errors, create_any_model, create_model, main
 
@@ -133,29 +134,68 @@ def _labelled(data_dir: Optional[str], class_map: str) -> str:
 
 
 @main.command()
-@click.argument('name', type=click.Choice(['grids', 'priors', 'saliency', 'transfer']))
+@click.argument('name')
+@click.argument('data', default='digits')
+@click.option('--model', 'names', multiple=True, show_default=DEFAULT_MODEL,
+              help='A subpixel ViT: name, hf-hub:ID or local-dir:PATH; several with several --model.')
 @click.option('--weights', type=click.Path(), multiple=True,
-              help='Also study the digit model with these weights (recipes/train_digits.py --seed 1 makes some).')
-@click.option('--images', type=click.IntRange(2, 359), default=359, show_default=True,
-              help='Canvases, one of each held-out digit.')
+              help='Also study the model with these weights (recipes/train_digits.py --seed 1 makes some).')
+@click.option('--budgets', type=_List(int), default='', show_default='25,49,100; for digits 9,16,25')
+@click.option('--images', type=click.IntRange(min=2), default=359, show_default=True,
+              help='Canvases, one of each held-out digit; or pictures, spread evenly over DATA.')
+@click.option('--class-map', default='', help="Names of the model's classes in order, one a line, for a folder or tar.")
+@click.option('--device', default='cpu', show_default=True)
 @click.option('--out', type=click.Path(file_okay=False, path_type=Path), default='studies', show_default=True)
-def study(name: str, weights: Tuple[str, ...], images: int, out: Path) -> None:
-    """Run one of the page's case studies on digit canvases; writes NAME.md and NAME.png.
+def study(
+        name: str,
+        data: str,
+        names: Tuple[str, ...],
+        weights: Tuple[str, ...],
+        budgets: Tuple[int, ...],
+        images: int,
+        class_map: str,
+        device: str,
+        out: Path,
+) -> None:
+    """Run one of the page's case studies on DATA; writes NAME.md and NAME.png.
+
+    DATA is 'digits' (canvases, the default) or a folder or tar of pictures, a subfolder for each class.
 
     \b
     grids      off the grid against on it, oracle placements snapped to it included
     priors     object-centric against even priors
     saliency   do oracle placements drift towards salient pixels?
-    transfer   placements found with one model, used by another (needs --weights)
+    transfer   placements found with one model, used by another (needs --weights, or two --model)
     """
-    from ..tasks.evaluation import studies
+    from ..tasks.evaluation.comparisons import draw_study, format_study
+    from ..tasks.evaluation.report.plots import check_matplotlib
+    from ..tasks.evaluation.studies import BUDGETS, check_study, run_study
+    from ..tasks.evaluation.study_pictures import open_study_pictures
+    from ..tasks.kept import lock_output, whole_file, write_whole
+    from ..tasks.processes import check_device
 
     with clean_errors():
-        out.mkdir(parents=True, exist_ok=True)
-        models = {'shipped': create_model(DEFAULT_MODEL)}
-        models.update({Path(file).parent.name or file: create_model(DEFAULT_MODEL, file) for file in weights})
-        found = studies.STUDIES[name](models, studies.draw_study_canvases(images), out)
-        table = studies.format_study(found)
-        (out / f'{name}.md').write_text(table + '\n', encoding='utf-8')
-        studies.draw_study(found).savefig(out / f'{name}.png', dpi=110)
+        check_matplotlib()
+        check_study(name)
+        where = check_device(device)
+        models = {title: model.to(where) for title, model in _study_models(names, weights).items()}
+        pictures = open_study_pictures(data, images, class_map)
+        budgets = budgets or (BUDGETS if data == 'digits' else (25, 49, 100))
+        found = run_study(name, models, pictures, budgets, out)
+        table = format_study(found)
+        with lock_output(out / f'{name}.md'):
+            write_whole(out / f'{name}.md', table + '\n')
+            with whole_file(out / f'{name}.png') as file:
+                draw_study(found).savefig(file, dpi=110)
     click.echo(table)
+
+
+def _study_models(names: Tuple[str, ...], weights: Tuple[str, ...]) -> Dict[str, nn.Module]:
+    """Models by the names that a study's table has for them."""
+    if weights and len(names) > 1:
+        raise ValueError(f"--weights belong to one model, and there are {len(names)}: {', '.join(names)}.")
+    models = {name: create_model(name) for name in names} or {'shipped': create_model(DEFAULT_MODEL)}
+    for file in weights:
+        title = Path(file).parent.name or file
+        models[file if title in models else title] = create_model(names[0] if names else DEFAULT_MODEL, file)
+    return models
