@@ -57,7 +57,8 @@ class _List(click.ParamType):
 @click.option('--class-map', default='', help="Names of the model's classes in order, one a line, for a folder or tar.")
 @click.option('--amp', type=click.Choice(['bfloat16', 'float16']), help='Run the models under autocast.')
 @click.option('--batch-size', type=click.IntRange(min=1), default=64, show_default=True)
-@click.option('--workers', type=click.IntRange(min=0), default=0, show_default=True, help='Processes that decode pictures.')
+@click.option('--workers', type=click.IntRange(min=0), default=0, show_default=True,
+              help='Processes that decode pictures.')
 @click.option('--device', default='cpu', show_default=True)
 @click.option('--skip-broken', is_flag=True, help='Leave out pictures that cannot be read, and list them.')
 @click.option('--out', type=click.Path(file_okay=False, path_type=Path), default='evaluation', show_default=True)

@@ -17,7 +17,6 @@ from PIL import Image
 
 import timm_spot
 from timm_spot.cli import main
-from timm_spot.tasks.evaluation.results import read_results
 from timm_spot.tasks.evaluation.rows import KEY
 from timm_spot.tasks.pictures.images import model_transform
 from timm_spot.tasks.publishing.hub import add_results

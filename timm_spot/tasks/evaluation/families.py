@@ -18,7 +18,16 @@ from ...models.dht_vit import DhtVisionTransformer
 from ...models.pruning import TokenPruning
 from ...models.spot_vit import SubpixelVisionTransformer
 from .request import Request
-from .ways import Way, baseline_ways, dense_way, oracle_ways, pruned_ways, region_ways, sampler_ways
+from .ways import (
+    Way,
+    baseline_ways,
+    dense_way,
+    oracle_ways,
+    placer_ways,
+    pruned_ways,
+    region_ways,
+    sampler_ways,
+)
 
 
 class Family(NamedTuple):
@@ -81,7 +90,7 @@ def _dense_ways(model: nn.Module, request: Request) -> Iterable[Way]:
 
 
 def _subpixel_ways(model: nn.Module, request: Request) -> Iterable[Way]:
-    placed = (*sampler_ways(model, request), *oracle_ways(model, request))
+    placed = (*sampler_ways(model, request), *placer_ways(model, request), *oracle_ways(model, request))
     yield from pruned_ways(model, request, placed)
     yield from baseline_ways(model, request)
 

@@ -1,6 +1,7 @@
 """Ways of giving a model its tokens: each is a kind of row of an evaluation."""
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Callable, Iterable, Iterator, Optional, Sequence
@@ -10,6 +11,7 @@ from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from ...models.placement import SampledPlacer
 from ...ops.samplers import get_sampler, sample_positions
 from ..pictures.images import model_transform
 from ..pictures.saliency_maps import SaliencySource, saliency_source
@@ -85,6 +87,21 @@ def sampler_ways(model: nn.Module, request: Request) -> Iterator[Way]:
                 not sampler.deterministic, request.saliency if 'saliency' in sampler.keywords else '')
 
 
+def placer_ways(model: nn.Module, request: Request) -> Iterator[Way]:
+    """A subpixel ViT with a placer of its own at each budget; none for one placed by a sampler."""
+    placer = model.placer
+    if type(placer) is not SampledPlacer:
+        for n in request.budgets:
+            yield Way(rows.PLACER, placer.name or type(placer).__name__, n, partial(_self_placed, n_tokens=n))
+
+
+def at_budget(model: nn.Module, n_tokens: int) -> nn.Module:
+    """A subpixel ViT whose own placer has another budget; it shares the weights, and `model` stays as it is."""
+    copied = copy.copy(model)
+    copied._modules = dict(model._modules, placer=model.placer.replaced(n_tokens=n_tokens))
+    return copied
+
+
 def oracle_ways(model: nn.Module, request: Request) -> Iterator[Way]:
     """A subpixel ViT at each budget, placed by a search that sees the labels."""
     if request.oracle is None:
@@ -139,6 +156,10 @@ def _placements(
 def _placed(
         model: nn.Module, batch: ImageBatch, sampler: str, n_tokens: int, read_maps: SaliencySource) -> torch.Tensor:
     return model.forward_features(batch.images, _placements(model, batch, sampler, n_tokens, read_maps))
+
+
+def _self_placed(model: nn.Module, batch: ImageBatch, n_tokens: int) -> torch.Tensor:
+    return at_budget(model, n_tokens).forward_features(batch.images)
 
 
 def _searched(

@@ -21,6 +21,7 @@ from ...search.draws import draw_placements
 from ..families import family_of
 from ..results import read_results
 from ..rows import PLACER, SAMPLER, Result, Row
+from ..ways import at_budget
 from .plots import plot, to_svg
 from .tables import groups, html_details, html_table, markdown_table
 
@@ -141,7 +142,7 @@ def _place(model: nn.Module, image: torch.Tensor, row: Row, file: str, number: i
     """Positions (N, 2) of the tokens of picture `number` of the data set, (1, C, H, W), as a row has them."""
     if row.kind == PLACER:
         with torch.inference_mode():
-            return model.placer.replaced(n_tokens=row.n_tokens)(image)[0]
+            return at_budget(model, row.n_tokens).place(image)[0]
     maps = saliency_source(row.saliency, model, model_transform(model))(image, [file]) if row.saliency else None
     return draw_placements(model, image, row.sampler, row.n_tokens, maps, torch.tensor([number]), 0)[0]
 
