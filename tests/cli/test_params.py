@@ -8,7 +8,6 @@ import timm
 from conftest import SMALL
 
 from timm_spot.cli import params
-from timm_spot.cli.options import NAMES
 
 
 @pytest.mark.parametrize('kind, value', [
@@ -63,7 +62,7 @@ def test_a_folder_with_a_config_is_a_model(tmp_path, monkeypatch):
 ])
 def test_what_is_no_model_is_refused_by_its_name(name, says, tmp_path):
     with pytest.raises((ValueError, OSError), match=says):
-        params.check_model_name(name.format(empty=tmp_path), NAMES)
+        params.check_model_name(name.format(empty=tmp_path), ours=True)
 
 
 def test_any_model_of_timm_where_any_is_taken():

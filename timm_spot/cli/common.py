@@ -12,20 +12,20 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-import timm_spot
-
+from .. import __version__
 from ..tasks.drawing.figure import save_figure as save_figure
+from ..tasks.evaluation.families import Family, family_of
 from ..tasks.extras import install_hint
+from ..tasks.pictures.files import printable
 from ..tasks.pictures.saliency_maps import choose_prior
 from .options import BATCH_SIZE as BATCH_SIZE
 from .options import DEFAULT_MODEL as DEFAULT_MODEL
-from .options import NAMES as NAMES
 from .options import saliency_option as saliency_option
 from .params import check_model_name
 
 
 @click.group(context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
-@click.version_option(timm_spot.__version__)
+@click.version_option(__version__)
 @click.pass_context
 def main(ctx: click.Context) -> None:
     """Vision Transformers off the grid."""
@@ -93,40 +93,69 @@ def create_any_model(name: str, weights: str | None = None, pretrained: bool = T
 def create_model(name: str, weights: str | None = None, **kwargs: Any) -> nn.Module:
     """A model of ours, see `create_any_model`; an error for any other."""
     model = create_any_model(name, weights, **kwargs)
-    if not isinstance(model, timm_spot.models.SubpixelVisionTransformer) and not is_dht(model):
+    if not family_of(model).patterns:
         raise ValueError(f'{name} is no model of timm_spot: `timm-spot models` lists those that are.')
     return model
 
 
 def create_subpixel_model(name: str, weights: str | None = None, **kwargs: Any) -> nn.Module:
-    """A model of ours that places its tokens; an error for a dHT model."""
-    model = create_model(name, weights, **kwargs)
-    if is_dht(model):
+    """A model of ours that places its tokens; an error, before any weights are read, for others."""
+    family = family_of(create_model(name, pretrained=False, device='meta'))
+    if not family.has_samplers:
         raise ValueError(
-            f'{name} is a dHT model, whose tokens are regions that it finds itself: this command is for subpixel ViTs.')
-    return model
+            f'{name} is a {family.name} model, whose tokens are regions that it finds itself, or patches: this command '
+            'is for subpixel ViTs.')
+    return create_model(name, weights, **kwargs)
 
 
-def is_dht(model: nn.Module) -> bool:
-    return isinstance(model, timm_spot.models.DhtVisionTransformer)
+def create_placed_model(
+        name: str,
+        weights: str | None = None,
+        *,
+        device: str = 'cpu',
+        n_tokens: int | None = None,
+        sampler: str | None = None,
+        saliency: str | None = None,
+        **given: Any,
+) -> nn.Module:
+    """A model of ours on a device, with the budget, placer and seed of a command line.
+
+    What does not suit the model's family is refused before any weights are read, sampler and saliency included; these
+    two `set_prior` gives to the model.
+    """
+    family = family_of(create_model(name, pretrained=False, device='meta'))
+    check_placement(family, dict(given, sampler=sampler, saliency=saliency))
+    model = create_model(name, weights, **given)
+    if n_tokens is not None:
+        family.set_budget(model, n_tokens)
+    return model.to(device)
+
+
+def check_placement(family: Family, given: dict[str, Any]) -> None:
+    """Raise ValueError for options on where tokens lie, given to a family whose models find that themselves."""
+    useless = [f'--{name}' for name in ('sampler', 'saliency', 'placer', 'seed') if given.get(name) is not None]
+    if useless and not family.has_samplers:
+        raise ValueError(f'a {family.name} model finds its tokens itself: leave out {" and ".join(useless)}.')
 
 
 def set_prior(
         model: nn.Module, sampler: str | None, saliency: str | None, transform: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """`choose_prior`, which a dHT model has no use for: its tokens follow the image."""
-    if not is_dht(model):
+    """`choose_prior`, for which families without samplers, such as dHT, have no use."""
+    family = family_of(model)
+    if family.has_samplers:
         return choose_prior(model, sampler, saliency, transform)
-    if sampler or saliency:
-        raise ValueError('a dHT model finds its tokens itself: leave out --sampler and --saliency.')
+    check_placement(family, dict(sampler=sampler, saliency=saliency))
     return lambda *_: None
 
 
-def kinds_of(model: nn.Module) -> tuple[str, ...]:
-    """Names of the drawings that can be made of a model, the usual one first."""
-    if is_dht(model):
-        return 'regions', 'means', 'hierarchy'
-    return 'placement', 'seen', 'priors', 'trajectory', 'film', 'pruning'
+def warn_of_foreign(files: list[str]) -> None:
+    """Say of pictures that a model of digits is given, if there are any, that it reads no such."""
+    if files:
+        more = f' and {len(files) - 1} more' if len(files) > 1 else ''
+        click.secho(
+            f'warning: this model reads digits on canvases of 64 x 64 pixels; {printable(files[0])}{more} is no such '
+            'picture: for photographs give another --model', fg='yellow', err=True)
 
 
 def report_broken(messages: list[str]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import click
+from torch import nn
 
 from .common import DEFAULT_MODEL, clean_errors, create_any_model, create_model, main
 
@@ -56,7 +57,8 @@ class _List(click.ParamType):
 @click.option('--class-map', default='', help="Names of the model's classes in order, one a line, for a folder or tar.")
 @click.option('--amp', type=click.Choice(['bfloat16', 'float16']), help='Run the models under autocast.')
 @click.option('--batch-size', type=click.IntRange(min=1), default=64, show_default=True)
-@click.option('--workers', type=int, default=0, show_default=True, help='Processes that decode pictures.')
+@click.option('--workers', type=click.IntRange(min=0), default=0, show_default=True,
+              help='Processes that decode pictures.')
 @click.option('--device', default='cpu', show_default=True)
 @click.option('--skip-broken', is_flag=True, help='Leave out pictures that cannot be read, and list them.')
 @click.option('--out', type=click.Path(file_okay=False, path_type=Path), default='evaluation', show_default=True)
@@ -85,63 +87,116 @@ def evaluate(
     timm_spot.cli evaluate ...`.
     """
     from ..tasks.evaluation import run as evaluation
-    from ..tasks.evaluation.report.page import check_matplotlib, write_report
-    from ..tasks.evaluation.rows import Knn, list_cells
+    from ..tasks.evaluation.plan import plan_rows
+    from ..tasks.evaluation.report.page import write_report
+    from ..tasks.evaluation.report.plots import check_matplotlib
+    from ..tasks.evaluation.request import Knn, Request
     from ..tasks.pictures.datasets import Pictures
     from ..tasks.processes import start_processes
 
     with clean_errors():
         check_matplotlib()
         processes = start_processes(device)
-        out.mkdir(parents=True, exist_ok=True)
         names = names or (_DEFAULT_SPARSE_MODEL if 'relevance' in what['scorers'] else DEFAULT_MODEL,)
         models = {name: create_any_model(name) for name in names}
         pictures = Pictures(data, split, data_dir, class_map)
         knn = None
         if train is not None:
             knn = Knn(Pictures(train, 'train', data_dir, class_map), knn_k, knn_temperature)
-        budgets = budgets or ((9, 25, 49, 64) if data == 'digits' else (25, 49, 100, 196))
-        cells = list_cells(models, pictures, split, budgets=budgets, amp=amp, knn=knn, **what)
-        missing = evaluation.missing_cells(cells, out)
-        with click.progressbar(
-                length=evaluation.count_work(missing, pictures, knn), label=f'{len(missing)} rows',
-                file=sys.stderr if processes.is_main else io.StringIO()) as bar:
-            broken = evaluation.evaluate(
-                cells, pictures, out, processes, knn, amp, batch_size, workers, skip_broken,
-                progress=lambda count: bar.update(count * processes.count))
-        if not processes.is_main:
-            return
-        write_report(out, models, pictures)
-    for message in broken:
-        click.secho(f'skipped: {message}', fg='yellow', err=True)
+        request = Request(
+            budgets=budgets or ((9, 25, 49, 64) if data == 'digits' else (25, 49, 100, 196)), knn=knn, amp=amp,
+            split=split, labelled=_labelled(data_dir, class_map), **what)
+        planned = plan_rows(models, pictures, request)
+        with evaluation.open_folder(out, processes) as problems:
+            missing = evaluation.missing_rows(planned, out)
+            with click.progressbar(
+                    length=evaluation.count_work(missing, pictures, knn), label=f'{len(missing)} rows',
+                    file=sys.stderr if processes.is_main else io.StringIO()) as bar:
+                run = evaluation.Run(
+                    out, processes, knn, amp, batch_size, workers, skip_broken,
+                    progress=lambda count: bar.update(count * processes.count))
+                broken = evaluation.evaluate(missing, pictures, run)
+            if processes.is_main:
+                problems += write_report(out, models, pictures, processes.device)
+    if not processes.is_main:
+        return
+    for message in (*(f'skipped: {m}' for m in broken), *(f'warning: {m}' for m in problems)):
+        click.secho(message, fg='yellow', err=True)
     click.echo((out / 'results.md').read_text(encoding='utf-8'))
-    click.echo(f'{len(missing)} rows computed, {len(cells) - len(missing)} found; report: {out / "report.html"}')
+    click.echo(f'{len(missing)} rows computed, {len(planned) - len(missing)} found; report: {out / "report.html"}')
+
+
+def _labelled(data_dir: Optional[str], class_map: str) -> str:
+    """What labels depend on beside the pictures; '' by default."""
+    parts = [str(Path(data_dir).resolve())] if data_dir else []
+    if class_map:
+        parts.append(Path(class_map).read_text(encoding='utf-8'))
+    return '\n'.join(parts)
 
 
 @main.command()
-@click.argument('name', type=click.Choice(['grids', 'priors', 'saliency', 'transfer']))
+@click.argument('name')
+@click.argument('data', default='digits')
+@click.option('--model', 'names', multiple=True, show_default=DEFAULT_MODEL,
+              help='A subpixel ViT: name, hf-hub:ID or local-dir:PATH; several with several --model.')
 @click.option('--weights', type=click.Path(), multiple=True,
-              help='Also study the digit model with these weights (recipes/train_digits.py --seed 1 makes some).')
-@click.option('--images', type=click.IntRange(2, 359), default=359, show_default=True,
-              help='Canvases, one of each held-out digit.')
+              help='Also study the model with these weights (recipes/train_digits.py --seed 1 makes some).')
+@click.option('--budgets', type=_List(int), default='', show_default='25,49,100; for digits 9,16,25')
+@click.option('--images', type=click.IntRange(min=2), default=359, show_default=True,
+              help='Canvases, one of each held-out digit; or pictures, spread evenly over DATA.')
+@click.option('--class-map', default='', help="Names of the model's classes in order, one a line, for a folder or tar.")
+@click.option('--device', default='cpu', show_default=True)
 @click.option('--out', type=click.Path(file_okay=False, path_type=Path), default='studies', show_default=True)
-def study(name: str, weights: Tuple[str, ...], images: int, out: Path) -> None:
-    """Run one of the page's case studies on digit canvases; writes NAME.md and NAME.png.
+def study(
+        name: str,
+        data: str,
+        names: Tuple[str, ...],
+        weights: Tuple[str, ...],
+        budgets: Tuple[int, ...],
+        images: int,
+        class_map: str,
+        device: str,
+        out: Path,
+) -> None:
+    """Run one of the page's case studies on DATA; writes NAME.md and NAME.png.
+
+    DATA is 'digits' (canvases, the default) or a folder or tar of pictures, a subfolder for each class.
 
     \b
     grids      off the grid against on it, oracle placements snapped to it included
     priors     object-centric against even priors
     saliency   do oracle placements drift towards salient pixels?
-    transfer   placements found with one model, used by another (needs --weights)
+    transfer   placements found with one model, used by another (needs --weights, or two --model)
     """
-    from ..tasks.evaluation import studies
+    from ..tasks.evaluation.comparisons import draw_study, format_study
+    from ..tasks.evaluation.report.plots import check_matplotlib
+    from ..tasks.evaluation.studies import BUDGETS, check_study, run_study
+    from ..tasks.evaluation.study_pictures import open_study_pictures
+    from ..tasks.kept import lock_output, whole_file, write_whole
+    from ..tasks.processes import check_device
 
     with clean_errors():
-        out.mkdir(parents=True, exist_ok=True)
-        models = {'shipped': create_model(DEFAULT_MODEL)}
-        models.update({Path(file).parent.name or file: create_model(DEFAULT_MODEL, file) for file in weights})
-        found = studies.STUDIES[name](models, studies.draw_study_canvases(images), out)
-        table = studies.format_study(found)
-        (out / f'{name}.md').write_text(table + '\n', encoding='utf-8')
-        studies.draw_study(found).savefig(out / f'{name}.png', dpi=110)
+        check_matplotlib()
+        check_study(name)
+        where = check_device(device)
+        models = {title: model.to(where) for title, model in _study_models(names, weights).items()}
+        pictures = open_study_pictures(data, images, class_map)
+        budgets = budgets or (BUDGETS if data == 'digits' else (25, 49, 100))
+        found = run_study(name, models, pictures, budgets, out)
+        table = format_study(found)
+        with lock_output(out / f'{name}.md'):
+            write_whole(out / f'{name}.md', table + '\n')
+            with whole_file(out / f'{name}.png') as file:
+                draw_study(found).savefig(file, dpi=110)
     click.echo(table)
+
+
+def _study_models(names: Tuple[str, ...], weights: Tuple[str, ...]) -> Dict[str, nn.Module]:
+    """Models by the names that a study's table has for them."""
+    if weights and len(names) > 1:
+        raise ValueError(f"--weights belong to one model, and there are {len(names)}: {', '.join(names)}.")
+    models = {name: create_model(name) for name in names} or {'shipped': create_model(DEFAULT_MODEL)}
+    for file in weights:
+        title = Path(file).parent.name or file
+        models[file if title in models else title] = create_model(names[0] if names else DEFAULT_MODEL, file)
+    return models

@@ -19,7 +19,6 @@ from .params import (
 
 BATCH_SIZE = 32
 DEFAULT_MODEL = 'spot_vit_pico_patch8_64'
-NAMES = ['spot_*', 'dht_*', 'relevance_spot_*']
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -38,7 +37,7 @@ class Renamed(click.Option):
 def model_option(ours: bool = True, parameter: str = 'name', **settings: Any) -> Decorator:
     """`--model`: any model of timm_spot or, unless `ours`, of timm."""
     settings.setdefault('help', 'Name, hf-hub:ID, local-dir:PATH or a folder with a config.json.')
-    return click.option('--model', parameter, type=ModelName(NAMES if ours else None), **settings)
+    return click.option('--model', parameter, type=ModelName(ours), **settings)
 
 
 weights_option = click.option(

@@ -15,6 +15,7 @@ from ..models.placement import get_placer
 from ..models.pruning_predictor import SCORERS
 from ..ops.samplers import get_sampler
 from ..tasks.drawing.kinds import KINDS
+from ..tasks.evaluation.families import name_patterns
 
 MAX_BUDGET = 1_000_000  # tokens: the pixels of an image of 1,000 x 1,000
 MAX_SEED = 2 ** 63 - 1
@@ -146,23 +147,23 @@ class ModelName(_Param):
     """A name of timm's, hf-hub:ID, local-dir:PATH, or a folder as timm saves one, which becomes local-dir:PATH.
 
     Args:
-        patterns: Which of timm's names are taken; by default all.
+        ours: Whether only names of our own families are taken.
     """
 
     name = 'model'
 
-    def __init__(self, patterns: list[str] | None = None) -> None:
-        self.patterns = patterns
+    def __init__(self, ours: bool = False) -> None:
+        self.ours = ours
 
     def check(self, value: str, name: str) -> str:
-        return check_model_name(value, self.patterns)
+        return check_model_name(value, self.ours)
 
 
-def check_model_name(value: str, patterns: list[str] | None = None) -> str:
+def check_model_name(value: str, ours: bool = False) -> str:
     """A model's name as `timm.create_model` takes it.
 
     Raises:
-        ValueError: An unknown name (with the closest known ones), or one that none of the patterns fits.
+        ValueError: An unknown name (with the closest known ones), or one that is not of our own families.
         FileNotFoundError: A folder that holds no model.
     """
     scheme, _, rest = value.partition(':')
@@ -177,14 +178,14 @@ def check_model_name(value: str, patterns: list[str] | None = None) -> str:
     if ':' in value:
         raise ValueError(
             f'unknown model {value}: give a name, hf-hub:ID, local-dir:PATH or a folder with a config.json.')
-    ours = timm.list_models(patterns or '*')
     if not timm.is_model(value):
-        known = ours + timm.list_models(patterns or '*', include_tags=True)
+        patterns = name_patterns() if ours else '*'
+        known = timm.list_models(patterns) + timm.list_models(patterns, include_tags=True)
         close = difflib.get_close_matches(value, known, n=3, cutoff=0.4)
         hint = f" Did you mean {' or '.join(close)}?" if close else ''
         raise ValueError(f'unknown model {value}.{hint} `timm-spot models` lists them all.')
     architecture, _, tag = value.partition('.')
-    if architecture not in ours:
+    if ours and architecture not in timm.list_models(name_patterns()):
         raise ValueError(f'{value} is no model of timm_spot: `timm-spot models` lists those that are.')
     tagged = timm.list_models(f'{architecture}.*', include_tags=True)
     if tag and value not in tagged:

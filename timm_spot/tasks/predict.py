@@ -64,7 +64,7 @@ def read_batches(
         batch_size: Pictures in a batch; some have fewer, where pictures cannot be read, but none is empty.
         broken: Gets what is wrong with pictures that cannot be read.
     """
-    transform, reads_digits = model_transform(model), label_names(model) == _DIGITS
+    transform, reads_digits = model_transform(model), reads_digits(model)
     batch: List[Tuple[str, torch.Tensor, bool]] = []
     indices: Iterator = enumerate(pictures) if pictures.is_stream else ((i, None) for i in range(len(pictures)))
     for count, (i, streamed) in enumerate(indices, start=1):
@@ -79,6 +79,11 @@ def read_batches(
             batch = []
     if batch:
         yield _collate(batch)
+
+
+def reads_digits(model: nn.Module) -> bool:
+    """Whether a model's classes are the ten digits."""
+    return label_names(model) == _DIGITS
 
 
 def looks_foreign(picture: Image.Image) -> bool:
