@@ -49,7 +49,7 @@ def test_draw_of_regions(dht, tmp_path, kind):
 @pytest.mark.parametrize('options, says', [
     (('--kind', 'seen'), 'of which can be drawn: regions, means, hierarchy'),
     (('--sampler', 'sobol'), 'leave out --sampler'),
-    (('--saliency', 'spectral'), 'leave out --sampler and --saliency'),
+    (('--saliency', 'spectral'), 'leave out --saliency'),
 ])
 def test_what_does_not_suit_is_refused(dht, tmp_path, options, says):
     result = run(

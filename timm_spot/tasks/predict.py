@@ -64,7 +64,7 @@ def read_batches(
         batch_size: Pictures in a batch; some have fewer, where pictures cannot be read, but none is empty.
         broken: Gets what is wrong with pictures that cannot be read.
     """
-    transform, reads_digits = model_transform(model), reads_digits(model)
+    transform, digits_only = model_transform(model), reads_digits(model)
     batch: List[Tuple[str, torch.Tensor, bool]] = []
     indices: Iterator = enumerate(pictures) if pictures.is_stream else ((i, None) for i in range(len(pictures)))
     for count, (i, streamed) in enumerate(indices, start=1):
@@ -73,7 +73,7 @@ def read_batches(
         except PictureError as e:
             broken.append(str(e))
         else:
-            batch.append((pictures.name(i), transform(picture), reads_digits and looks_foreign(picture)))
+            batch.append((pictures.name(i), transform(picture), digits_only and looks_foreign(picture)))
         if batch and count % batch_size == 0:
             yield _collate(batch)
             batch = []
