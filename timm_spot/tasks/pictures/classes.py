@@ -77,11 +77,13 @@ def class_mismatch(pictures: Pictures, model: nn.Module) -> str:
     remedy = ('labels would be wrong. Every class needs its folder; or give --class-map, a .txt with the names of the '
               "folders in the order of the model's classes, one a line.")
     wanted = label_names(model) or _imagenet_names(model, found)
-    if len(found) != model.num_classes:
+    names = [''] * (max(found.values()) + 1)
+    for name, i in found.items():
+        names[i] = name
+    if len(names) != model.num_classes:
         missing = [name for name in wanted if name not in found]
         said = f' (missing: {_shorten(missing)})' if wanted and set(found) < set(wanted) else ''
-        return f'{source} has {len(found)} classes, the model {model.num_classes}{said}: {remedy}'
-    names = sorted(found, key=found.__getitem__)
+        return f'{source} has {len(names)} classes, the model {model.num_classes}{said}: {remedy}'
     wrong = [] if pictures.class_map or not wanted else _differing(names, wanted, pictures.is_named)
     if not wrong:
         return ''

@@ -24,7 +24,7 @@ from .classes import check_classes as check_classes
 from .classes import load_class_map
 from .digits import draw_canvases, load_digits
 from .files import Entry, find_pictures, list_source, natural_order, printable
-from .images import PictureError, read_picture, to_rgb, upright
+from .images import PictureError, read_picture, to_upright_rgb
 
 DIGITS = 'digits'
 NO_LABEL = -1
@@ -357,6 +357,6 @@ def _converted(picture: Image.Image, name: str) -> Image.Image:
     """A picture that a data set has opened itself."""
     try:
         picture.load()
-        return upright(picture, to_rgb(picture))
+        return to_upright_rgb(picture)
     except (OSError, SyntaxError, ValueError) as e:
         raise PictureError(f'{printable(name)} cannot be used: {str(e).rstrip(".")}.') from e

@@ -161,7 +161,8 @@ def list_tar(tar: str) -> List[Entry]:
     entries = []
     for (member, _, inner), label in zip(reader.samples, reader.targets):
         start = member.offset_data + (inner.offset_data if inner is not None else 0)
-        entries.append(Entry(f'{tar}/{member.name}', reader.class_idx_to_name[label], tar, start, member.size))
+        name = os.path.join(tar, os.path.normpath(member.name.lstrip('/')))
+        entries.append(Entry(name, reader.class_idx_to_name[label], tar, start, member.size))
     return entries
 
 

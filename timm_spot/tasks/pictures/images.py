@@ -50,7 +50,7 @@ def read_picture(file: Union[str, os.PathLike, BinaryIO], name: Optional[str] = 
         PictureError: It is no picture, damaged, larger than PIL's limit, longer than `MAX_RATIO` times its other
             side, or of an unknown range of values.
     """
-    return _read(file, name, lambda picture: upright(picture, to_rgb(picture)))
+    return _read(file, name, to_upright_rgb)
 
 
 def picture_size(file: Union[str, os.PathLike, BinaryIO], name: Optional[str] = None) -> Tuple[int, int]:
@@ -98,6 +98,17 @@ def _check_ratio(picture: Image.Image) -> None:
     width, height = picture.size
     if max(width, height) > MAX_RATIO * min(width, height):
         raise ValueError(f'it has {width} x {height} pixels, and no side may be {MAX_RATIO:,} times the other')
+
+
+def to_upright_rgb(picture: Image.Image) -> Image.Image:
+    """A picture as all is read: of any mode in 8-bit RGB, turned as its EXIF data say, which it then has no more.
+
+    Raises:
+        ValueError: See `to_rgb`.
+    """
+    picture = upright(picture, to_rgb(picture))
+    picture.info.clear()  # whoever turns pictures after us must not do it twice
+    return picture
 
 
 def upright(picture: Image.Image, converted: Image.Image) -> Image.Image:
