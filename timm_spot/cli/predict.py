@@ -11,20 +11,18 @@ import timm
 import torch
 from torch import nn
 
-import timm_spot
-
 from ..tasks import predict as prediction
-from ..tasks.evaluation.families import family_of
+from ..tasks.drawing.kinds import KINDS, Settings, Subject
+from ..tasks.evaluation.families import name_patterns
 from ..tasks.pictures import images as pictures
 from .common import (
     BATCH_SIZE,
     DEFAULT_MODEL,
-    NAMES,
     clean_errors,
     create_model,
+    kinds_of,
     main,
     saliency_option,
-    save_figure,
     set_prior,
 )
 
@@ -96,21 +94,15 @@ def _picture_path(path: Path, file: Path, n_files: int) -> Path:
 
 
 def _draw_placement(model: nn.Module, image: torch.Tensor, path: Path) -> None:
-    """Draw the windows, or the regions, that a model takes as the tokens of an image (3, H, W)."""
-    picture = pictures.denormalize(model, image)
-    if family_of(model).kinds[0] == 'regions':
-        figure = timm_spot.draw_regions(picture, model.segment(image[None]).segmentation[0]).figure
-    else:
-        embed, positions = model.patch_embed, model.place(image[None])
-        figure = timm_spot.draw_placement(picture, positions, embed.window, convention=embed.convention).figure
-    save_figure(figure, path)
+    """Draw what a model takes as the tokens of an image (3, H, W): its windows, or its regions."""
+    KINDS[kinds_of(model)[0]].write(Subject(model, image[None]), Settings(), path)
 
 
 @main.command()
 def models() -> None:
     """List names, tags, parameters and where the weights come from."""
     rows = [('model', 'tag', 'parameters', 'weights')]
-    for name in timm.list_models(NAMES):
+    for name in timm.list_models(name_patterns()):
         parameters = sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
         for tagged in timm.list_models(f'{name}.*', include_tags=True) or [name]:
             cfg = timm.get_pretrained_cfg(tagged)

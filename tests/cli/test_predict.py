@@ -2,37 +2,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
-from click.testing import CliRunner
-from conftest import SMALL
+from commands import run
 from PIL import Image
-from safetensors.torch import save_file
-
-from timm_spot.cli import main
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / 'pictures'
-    folder.mkdir()
-    for name in ('a.png', 'b.png'):
-        Image.effect_noise((100, 80), 40).save(folder / name)
-    return folder
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """A tiny model as timm saves it."""
-    torch.manual_seed(0)
-    model = timm.create_model('spot_vit_pico_patch8_64', **SMALL)
-    timm.models.save_for_hf(model, tmp_path / 'saved')
-    return f'local-dir:{tmp_path}/saved'
-
-
-def run(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def test_predict_prints_a_line_for_each_picture(pictures, saved):
@@ -96,39 +71,6 @@ def test_mistakes_are_told_in_one_line(arguments, says, pictures, tmp_path, monk
     assert 'Traceback' not in result.output
 
 
-def test_models_lists_every_tag():
-    lines = run('models').stdout.splitlines()
-    assert lines[0].split() == ['model', 'tag', 'parameters', 'weights']
-    rows = {tuple(line.split()[:2]): line for line in lines[1:]}
-    assert 'Hub: timm/vit_base_patch16_224.mae' in rows['spot_vit_base_patch16_mae', 'mae']
-    assert "the authors' file" in rows['spot_vit_base_patch16_mae', 'spot_in1k']
-    assert 'in the package' in rows['spot_vit_pico_patch8_64', 'digits']
-    assert 'in the package' in rows['relevance_spot_vit_pico_patch8_64', 'digits']
-
-
-def test_convert_then_dry_run_of_push(tmp_path, pico):
-    save_file(pico.state_dict(), tmp_path / 'pico.safetensors')
-    out = str(tmp_path / 'out')
-    result = run('convert', str(tmp_path / 'pico.safetensors'), out, '--model', 'spot_vit_pico_patch8_64')
-    assert result.exit_code == 0, result.output
-    assert f'mapped        {len(pico.state_dict())} tensors' in result.output
-    assert 'verified      loaded back' in result.output
-    assert f"'local-dir:{out}'" in result.output
-
-    (tmp_path / 'out' / 'notes.txt').write_text('mine')
-    result = run('push', out, 'lab/pico', '--dry-run', '--private', '--revision', 'v1')
-    assert result.exit_code == 0, result.output
-    assert 'would send model.safetensors' in result.output and 'to lab/pico@v1 (private)' in result.output
-    assert 'notes.txt is no part of the model' in result.output
-
-
-def test_convert_and_push_report_mistakes_in_one_line(tmp_path):
-    result = run('convert', str(tmp_path / 'no.pth'), str(tmp_path / 'out'))
-    assert result.exit_code == 1 and 'no.pth is no file' in result.output and 'Traceback' not in result.output
-    result = run('push', str(tmp_path), 'lab/name', '--dry-run')
-    assert result.exit_code == 1 and 'lacks model.safetensors' in result.output
-
-
 def test_predict_by_saliency(pictures, saved):
     spectral, salient, plain = (
         json.loads(run('predict', pictures, '--model', saved, '--n-tokens', 9, '--json', *arguments).stdout)
@@ -148,34 +90,55 @@ def test_predict_by_saliency(pictures, saved):
         assert result.exit_code == 1 and says in result.stderr and 'Traceback' not in result.output
 
 
-@pytest.mark.parametrize('kind', ['placement', 'seen', 'priors', 'trajectory', 'pruning'])
-def test_draw(pictures, saved, tmp_path, kind):
-    result = run(
-        'draw', pictures / 'a.png', '--out', tmp_path / 'out.png', '--kind', kind, '--model', saved, '--n-tokens', 9,
-        '--saliency', 'spectral', '--steps', 2)
-    assert result.exit_code == 0, result.output
-    with Image.open(tmp_path / 'out.png') as drawn:
-        assert drawn.format == 'PNG' and len(drawn.convert('RGB').getcolors(10 ** 6)) > 50
-
-
-def test_draw_film(pictures, saved, tmp_path):
-    film = tmp_path / 'out.gif'
-    result = run('draw', pictures / 'a.png', '--out', film, '--kind', 'film', '--model', saved, '--steps', 2)
-    assert result.exit_code == 0, result.output
-    with Image.open(film) as frames:
-        assert frames.n_frames == 3
-
-
-def test_draw_says_what_is_wrong(pictures, saved, tmp_path):
-    for arguments, says in (
-            (['no.png', '--out', tmp_path / 'out.png'], 'no.png'),
-            ([pictures / 'a.png', '--out', tmp_path / 'out.xyz'], 'xyz'),
-            ([pictures / 'a.png', '--out', tmp_path / 'out.png', '--kind', 'film'], 'must end in .gif or .mp4')):
-        result = run('draw', *arguments, '--model', saved)
-        assert result.exit_code == 1 and says in result.stderr and 'Traceback' not in result.output
-
-
 def test_many_pictures_leave_no_figures_open(pictures, saved, tmp_path):
     run('predict', pictures, '--model', saved, '--save-placement', tmp_path / 'all.png')
     import matplotlib.pyplot as plt
     assert not plt.get_fignums()
+
+
+def test_models_lists_every_tag():
+    lines = run('models').stdout.splitlines()
+    assert lines[0].split() == ['model', 'tag', 'parameters', 'weights']
+    rows = {tuple(line.split()[:2]): line for line in lines[1:]}
+    assert 'Hub: timm/vit_base_patch16_224.mae' in rows['spot_vit_base_patch16_mae', 'mae']
+    assert "the authors' file" in rows['spot_vit_base_patch16_mae', 'spot_in1k']
+    assert 'in the package' in rows['spot_vit_pico_patch8_64', 'digits']
+    assert 'in the package' in rows['relevance_spot_vit_pico_patch8_64', 'digits']
+
+
+def test_predict_of_regions(dht, tmp_path):
+    result = run('predict', dht / 'noise.png', '--model', f'local-dir:{dht}/model', '--n-tokens', 9,
+                 '--save-placement', tmp_path / 'regions.png')
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / 'regions.png').stat().st_size > 1000
+
+
+def test_predict_of_odd_pictures(dht, odd):
+    result = run('predict', odd, '--model', f'local-dir:{dht}/model')
+    assert result.exit_code == 0 and 'warning' not in result.stderr, result.output
+    assert len(result.stdout.splitlines()) == len(list(odd.iterdir()))
+    assert 'nan' not in result.stdout
+
+
+def test_weights_from_a_file(dht, tmp_path):
+    torch.manual_seed(0)
+    torch.save(timm.create_model('dht_vit_pico_patch8_64').state_dict(), tmp_path / 'pico.pth')
+    given = ('predict', dht / 'noise.png', '--model', 'dht_vit_pico_patch8_64')
+    result = run(*given, '--weights', tmp_path / 'pico.pth', '--n-tokens', 9)
+    assert result.exit_code == 0 and result.stdout.count('%') == 5, result.output
+    result = run(*given)
+    assert result.exit_code == 1 and 'dht_vit_pico_patch8_64 has no pretrained weights' in result.output
+    result = run(*given, '--weights', tmp_path / 'none.pth')
+    assert result.exit_code == 1 and 'none.pth does not exist' in result.output
+
+
+def test_models_lists_those_of_regions():
+    lines = {line.split('  ')[0]: line for line in run('models').output.splitlines()}
+    assert 'dht_vit_base_patch16_in1k' in lines
+    assert lines['dht_vit_pico_patch8_64'].endswith('none')
+
+
+def test_unknown_range_is_refused(dht, tmp_path):
+    Image.fromarray(np.zeros((20, 20), np.float32)).save(tmp_path / 'depth.tiff')
+    result = run('predict', tmp_path / 'depth.tiff', '--model', f'local-dir:{dht}/model')
+    assert result.exit_code == 1 and 'its pixels have 32 bits (mode F)' in result.output
