@@ -90,11 +90,22 @@ def create_any_model(name: str, weights: str | None = None, pretrained: bool = T
     return model.eval()
 
 
-def create_model(name: str, weights: str | None = None, **kwargs: Any) -> nn.Module:
-    """A model of ours, see `create_any_model`; an error for any other."""
+def create_model(
+        name: str, weights: str | None = None, n_tokens: int | None = None, **kwargs: Any) -> nn.Module:
+    """A model of one of our families, see `create_any_model`; an error for any other.
+
+    Args:
+        name: Likewise.
+        weights: Likewise.
+        n_tokens: Budget, by default the model's own.
+        **kwargs: Likewise.
+    """
     model = create_any_model(name, weights, **kwargs)
-    if not family_of(model).patterns:
+    family = family_of(model)
+    if not family.patterns:
         raise ValueError(f'{name} is no model of timm_spot: `timm-spot models` lists those that are.')
+    if n_tokens is not None:
+        family.set_budget(model, n_tokens)
     return model
 
 
@@ -102,9 +113,7 @@ def create_subpixel_model(name: str, weights: str | None = None, **kwargs: Any) 
     """A model of ours that places its tokens; an error, before any weights are read, for others."""
     family = family_of(create_model(name, pretrained=False, device='meta'))
     if not family.has_samplers:
-        raise ValueError(
-            f'{name} is a {family.name} model, whose tokens are regions that it finds itself, or patches: this command '
-            'is for subpixel ViTs.')
+        raise ValueError(f'{name} is a {family.name} model, whose {family.tokens}: this command is for subpixel ViTs.')
     return create_model(name, weights, **kwargs)
 
 
@@ -135,18 +144,30 @@ def check_placement(family: Family, given: dict[str, Any]) -> None:
     """Raise ValueError for options on where tokens lie, given to a family whose models find that themselves."""
     useless = [f'--{name}' for name in ('sampler', 'saliency', 'placer', 'seed') if given.get(name) is not None]
     if useless and not family.has_samplers:
-        raise ValueError(f'a {family.name} model finds its tokens itself: leave out {" and ".join(useless)}.')
+        raise ValueError(f"a {family.name} model's {family.tokens}: leave out {' and '.join(useless)}.")
 
 
 def set_prior(
         model: nn.Module, sampler: str | None, saliency: str | None, transform: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """`choose_prior`, for which families without samplers, such as dHT, have no use."""
+    """`choose_prior`, for which families without samplers have no use."""
     family = family_of(model)
     if family.has_samplers:
         return choose_prior(model, sampler, saliency, transform)
     check_placement(family, dict(sampler=sampler, saliency=saliency))
     return lambda *_: None
+
+
+def kinds_of(model: nn.Module) -> tuple[str, ...]:
+    """Names of the drawings that can be made of a model, the usual one first.
+
+    Raises:
+        ValueError: There are none.
+    """
+    family = family_of(model)
+    if not family.kinds:
+        raise ValueError(f'nothing can be drawn of a {family.name} model, whose {family.tokens}.')
+    return family.kinds
 
 
 def warn_of_foreign(files: list[str]) -> None:

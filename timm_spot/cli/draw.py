@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from ..tasks.drawing.kinds import KINDS, PRIOR_TOKENS, Settings, Subject
-from ..tasks.evaluation.families import family_of
 from ..tasks.pictures.images import model_transform, read_picture
 from ..tasks.predict import looks_foreign, reads_digits
-from .common import clean_errors, create_model, create_placed_model, main, set_prior, warn_of_foreign
+from .common import clean_errors, create_model, create_placed_model, kinds_of, main, set_prior, warn_of_foreign
 from .options import (
     DEFAULT_MODEL,
     amp_option,
@@ -94,10 +93,10 @@ def _choose(kind: str | None, name: str | None) -> tuple[str, Callable[..., nn.M
         if alone is not None:
             return kind, _ALONE[alone]
         name = DEFAULT_MODEL
-    kinds = family_of(create_model(name, pretrained=False, device='meta')).kinds
-    kind = kind or next(iter(kinds), None)
+    kinds = kinds_of(create_model(name, pretrained=False, device='meta'))
+    kind = kind or kinds[0]
     if kind not in kinds:
-        raise ValueError(f'--kind {kind} does not suit {name}, of which can be drawn: {", ".join(kinds) or "nothing"}.')
+        raise ValueError(f'--kind {kind} does not suit {name}, of which can be drawn: {", ".join(kinds)}.')
     return kind, partial(_placed_model if KINDS[kind].alone == 'windows' else create_placed_model, name)
 
 

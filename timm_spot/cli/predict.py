@@ -12,11 +12,20 @@ from torch import nn
 from ..tasks import predict as prediction
 from ..tasks.drawing.figure import check_figure
 from ..tasks.drawing.kinds import KINDS, Settings, Subject
-from ..tasks.evaluation.families import family_of, name_patterns
+from ..tasks.evaluation.families import name_patterns
 from ..tasks.pictures.datasets import Pictures
 from ..tasks.pictures.files import printable
 from ..tasks.pictures.images import model_transform
-from .common import autocast, clean_errors, create_placed_model, main, report_broken, set_prior, warn_of_foreign
+from .common import (
+    autocast,
+    clean_errors,
+    create_placed_model,
+    kinds_of,
+    main,
+    report_broken,
+    set_prior,
+    warn_of_foreign,
+)
 from .options import (
     DEFAULT_MODEL,
     amp_option,
@@ -117,12 +126,10 @@ def _predict(
 
 def _placement_drawer(model: nn.Module, path: Path, several: bool) -> Callable[[str, Subject], None]:
     """What draws where a model's tokens lie, for the file of a picture."""
-    kinds, used = family_of(model).kinds, set()
-    if not kinds:
-        raise ValueError(f'--save-placement: no picture can be drawn of a {family_of(model).name} model.')
+    kind, used = KINDS[kinds_of(model)[0]], set()
 
     def draw(file: str, subject: Subject) -> None:
-        KINDS[kinds[0]].write(subject, Settings(), _picture_path(path, file, several, used))
+        kind.write(subject, Settings(), _picture_path(path, file, several, used))
 
     return draw
 

@@ -42,6 +42,7 @@ class Family(NamedTuple):
         kinds: Names of the pictures that can be drawn of its models; the first is drawn where none is asked for.
         set_budget: Gives a model another budget of tokens. Raises ValueError where it has none.
         has_samplers: Whether its tokens lie where a sampler puts them, so that they can be searched for.
+        tokens: What errors say of its tokens where they do not.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Family(NamedTuple):
     kinds: Tuple[str, ...]
     set_budget: Callable[[nn.Module, int], Any]
     has_samplers: bool = False
+    tokens: str = 'tokens lie where it finds them itself'
 
 
 _FAMILIES: List[Family] = []
@@ -106,10 +108,11 @@ def _refuse_budget(model: nn.Module, n_tokens: int) -> None:
 
 
 register_family(Family(
-    name='dense', patterns=(), suits=lambda model: True, ways=_dense_ways, kinds=(), set_budget=_refuse_budget))
+    name='dense', patterns=(), suits=lambda model: True, ways=_dense_ways, kinds=(), set_budget=_refuse_budget,
+    tokens='tokens are its patches'))
 register_family(Family(
     name='pruned', patterns=('relevance_*',), suits=lambda model: isinstance(model, TokenPruning), ways=_dense_ways,
-    kinds=(), set_budget=_refuse_budget))
+    kinds=(), set_budget=_refuse_budget, tokens='tokens are its patches'))
 register_family(Family(
     name='subpixel', patterns=('spot_*', 'relevance_spot_*'),
     suits=lambda model: isinstance(model, SubpixelVisionTransformer), ways=_subpixel_ways,
@@ -118,4 +121,5 @@ register_family(Family(
 register_family(Family(
     name='dHT', patterns=('dht_*',), suits=lambda model: isinstance(model, DhtVisionTransformer), ways=_dht_ways,
     kinds=('regions', 'means', 'hierarchy'),
-    set_budget=lambda model, n_tokens: model.set_budget(n_tokens)))
+    set_budget=lambda model, n_tokens: model.set_budget(n_tokens),
+    tokens='tokens are regions that it finds itself'))

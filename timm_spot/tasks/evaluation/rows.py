@@ -72,6 +72,12 @@ class Row:
         """Whether it may be the best of a table: an oracle sees the labels."""
         return self.kind != ORACLE
 
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        parts = [self.model, self.sampler, f'{self.n_tokens} tokens' if self.n_tokens is not None else '']
+        return ', '.join(filter(None, [*parts, f'{self.scorer} at {self.keep_rate}' if self.scorer else '']))
+
     def to_cells(self) -> Dict[str, str]:
         """Values of `KEY`."""
         return {name: _to_cell(getattr(self, name)) for name in KEY}

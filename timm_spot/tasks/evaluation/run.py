@@ -46,7 +46,7 @@ class Run:
         batch_size: Images in a forward pass.
         workers: Processes that decode pictures.
         skip_broken: Leave out pictures that cannot be read.
-        progress: Called with the number of images whenever some are done, see `count_work`.
+        progress: Called with the number of images whenever some are done, see `count_work`, and what with.
     """
 
     out: Path
@@ -56,7 +56,7 @@ class Run:
     batch_size: int = 64
     workers: int = 0
     skip_broken: bool = False
-    progress: Callable[[int], Any] = lambda count: None
+    progress: Callable[[int, str], Any] = lambda count, what: None
 
     @property
     def decoded(self) -> Path:
@@ -139,7 +139,7 @@ def missing_rows(planned: Sequence[PlannedRow], out: Path) -> List[PlannedRow]:
 def _decode(pictures: Pictures, model: nn.Module, run: Run) -> Decoded:
     decoded = Decoded(
         pictures, model, run.decoded, run.batch_size, run.processes, run.skip_broken, run.workers)
-    decoded.decode(run.progress)
+    decoded.decode(lambda count: run.progress(count, f'decoding {pictures.source}'))
     return decoded
 
 
@@ -186,7 +186,7 @@ def _pass(
                 to_bank(features), *neighbours, int(neighbours[1].max()) + 1, run.knn.k, run.knn.temperature)
             scores['knn_top1'] = (voted == batch.labels).double()
         own.append({name: value.cpu() for name, value in dict(scores, index=batch.index).items()})
-        run.progress(len(batch.index))
+        run.progress(len(batch.index), planned.row.title)
     joined = _join(run.processes.gather(own), batches)
     order = joined.pop('index').argsort()
     return {name: values[order] for name, values in joined.items()}, seconds
@@ -202,7 +202,7 @@ def _read_bank(planned: PlannedRow, bank: Decoded, seed: int, run: Run) -> Tuple
             tokens = planned.tokens(model, _to_images(batch, bank, seed))
         features = to_bank(_pool(model, tokens, run)).cpu()
         own.append(dict(index=batch.index.cpu(), labels=batch.labels.cpu(), features=features))
-        run.progress(len(batch.index))
+        run.progress(len(batch.index), planned.row.title)
     joined = _join(run.processes.gather(own), bank)
     order = joined['index'].argsort()
     return joined['features'][order].to(device), joined['labels'][order].to(device)
