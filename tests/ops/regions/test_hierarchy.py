@@ -55,5 +55,6 @@ def test_a_stopped_image_keeps_its_vertices():
     alone = tokenizer.build(flat)
     assert len(together.levels) > len(alone.levels)
     mine = together.levels[-1].image == 0
+    # Up to rounding, as the sums of a batch have another shape; an image that went on would move by far more.
     torch.testing.assert_close(
-        together.levels[-1].features[:, mine], alone.levels[-1].features, atol=0, rtol=0)
+        together.levels[-1].features[:, mine], alone.levels[-1].features, atol=1e-6, rtol=1e-6)

@@ -554,7 +554,8 @@ def test_prior_of_the_command_line(photos):
     for sampler, saliency, keywords in (
             (None, 'spectral', {}), ('salient', None, {}), (None, None, own), ('salient', 'spectral', own)):
         name, positions = place(sampler, saliency, keywords)
-        assert name == 'salient' and torch.equal(positions, spectral)
+        assert name == 'salient'
+        torch.testing.assert_close(positions, spectral, rtol=0, atol=1e-6)  # maps of one or of two passes
 
     name, (first, second) = place('salient_sobol', str(photos[0].parent.parent / 'maps'))
     assert name == 'salient_sobol'
