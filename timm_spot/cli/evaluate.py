@@ -9,7 +9,19 @@ from torch import nn
 
 from .common import clean_errors, create_any_model, create_subpixel_model, main
 from .options import DEFAULT_MODEL, amp_option, batch_size_option, device_option, model_option
-from .params import BUDGET, COUNT, POSITIVE, SHARE, InputFile, Items, Number, OutputFolder, SaliencyName, SamplerName
+from .params import (
+    BUDGET,
+    COUNT,
+    POSITIVE,
+    SEED,
+    SHARE,
+    InputFile,
+    Items,
+    Number,
+    OutputFolder,
+    SaliencyName,
+    SamplerName,
+)
 from .progress import show_progress
 
 if TYPE_CHECKING:
@@ -17,7 +29,6 @@ if TYPE_CHECKING:
     from ..tasks.pictures.datasets import Pictures
 
 _DEFAULT_SPARSE_MODEL = f'relevance_{DEFAULT_MODEL}'
-_SEED = Number(int, 0, 2 ** 31 - 1, why='with the number of an image it makes the seed of its draw')
 _WORKERS = Number(int, 0, 1024)
 _class_map_option = click.option(
     '--class-map', default='', help="Names of the model's classes in order, one a line, for a folder or tar.")
@@ -43,7 +54,7 @@ _class_map_option = click.option(
               'model with trained predictors), cls-attention, received-attention, norm, random.')
 @click.option('--keep-rates', type=Items(SHARE), default='', show_default='1,0.9,0.7,0.5',
               help='Shares of the tokens that each stage keeps.')
-@click.option('--seeds', type=Items(_SEED), default='0', show_default=True,
+@click.option('--seeds', type=Items(SEED), default='0', show_default=True,
               help='For placements and tokens that are drawn.')
 @click.option('--saliency', type=SaliencyName(), metavar='spectral|attention:NAME|FOLDER', default='spectral',
               show_default=True, help='Maps for the salient samplers.')

@@ -11,14 +11,14 @@ import click
 import timm
 import torch
 
-from ..models.placement import get_placer
+from ..models.placement import get_placer, list_placers
 from ..models.pruning_predictor import SCORERS
 from ..ops.samplers import get_sampler
 from ..tasks.drawing.kinds import KINDS
 from ..tasks.evaluation.families import name_patterns
 
 MAX_BUDGET = 1_000_000  # tokens: the pixels of an image of 1,000 x 1,000
-MAX_SEED = 2 ** 63 - 1
+MAX_SEED = 2 ** 32 - 1
 
 
 class _Param(click.ParamType):
@@ -66,7 +66,7 @@ class Number(_Param):
 
 
 BUDGET = Number(int, 1, MAX_BUDGET)
-SEED = Number(int, 0, MAX_SEED)
+SEED = Number(int, 0, MAX_SEED, why='with the number of an image it makes the seed of its draw')
 COUNT = Number(int, 1, MAX_BUDGET)
 STEPS = Number(int, 0, MAX_BUDGET)
 POSITIVE = Number(float, 0, above=True)
@@ -94,6 +94,17 @@ class SamplerName(_Param):
 
     def check(self, value: str, name: str) -> str:
         get_sampler(value)
+        return value
+
+
+class StartName(_Param):
+    """A registered spatial prior, or the placer of the model."""
+
+    name = 'name'
+
+    def check(self, value: str, name: str) -> str:
+        if value not in list_placers():
+            get_sampler(value)
         return value
 
 
@@ -271,7 +282,7 @@ class OutputFolder(_Param):
 def check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
     """Raise ValueError unless a file's name ends in one of the suffixes, if any are given."""
     if suffixes and path.suffix.lower() not in suffixes:
-        raise ValueError(f'{path} must end in {" or ".join(suffixes)}.')
+        raise ValueError(f'{path} must end in {" or ".join(map(repr, suffixes))}.')
 
 
 def check_overwrite(paths: list[Path], overwrite: bool) -> None:
