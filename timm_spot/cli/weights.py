@@ -41,7 +41,8 @@ def convert(source: str, dest: Path, model: str | None) -> None:
 def export(name: str, out: Path, positions_as_input: bool, **placement: Any) -> None:
     """Write MODEL as ONNX or as PyTorch's exported program.
 
-    MODEL is a name, hf-hub:ID, local-dir:PATH or a folder with a config.json. The batch is dynamic, the image size the model's own. What was written is loaded back and compared.
+    MODEL is a name, hf-hub:ID, local-dir:PATH or a folder with a config.json. The batch is dynamic, the image size the
+    model's own. What was written is loaded back and compared.
     """
     from ..tasks.publishing.export import export_model
 
