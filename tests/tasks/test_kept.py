@@ -229,15 +229,28 @@ def test_parts_are_taken_over_by_a_run_of_the_same_key(tmp_path):
 @pytest.mark.parametrize('other, differing', [
     (dict(n=4, m=1), 'n'), (dict(n=3), 'm'), (dict(n=3, m=1, k=None), 'k'), (dict(n=None, k=1), 'n, k, m')])
 def test_parts_of_another_key_are_refused_and_named(tmp_path, other, differing):
-    KeptParts(tmp_path / 'parts', dict(n=3, m=1)).open()
-    parts = KeptParts(tmp_path / 'parts', other)
-    for refuse in (parts.open, parts.check):
-        with pytest.raises(ValueError, match=rf'parts was made with other settings \({differing}\): remove it'):
-            refuse()
+    first = KeptParts(tmp_path / 'parts', dict(n=3, m=1))
+    first.open()
+    write_part(first, 0)
+    with pytest.raises(ValueError, match=rf'parts was made with other settings \({differing}\): remove it'):
+        KeptParts(tmp_path / 'parts', other).open()
+    assert first.missing(1) == []
 
 
-def test_a_check_writes_nothing(tmp_path):
-    KeptParts(tmp_path / 'parts', dict(n=3)).check()
+@pytest.mark.parametrize('record', ['{"n": 3}', '{"n": 3', ''])
+def test_a_record_without_parts_poisons_nothing(tmp_path, record):
+    (tmp_path / 'parts').mkdir()
+    (tmp_path / 'parts' / 'settings.json').write_text(record)
+    parts = KeptParts(tmp_path / 'parts', dict(n=4))
+    parts.open()
+    write_part(parts, 0)
+    parts.remove_empty()
+    parts.open()
+    assert parts.missing(2) == [1]
+    with pytest.raises(ValueError, match=r'with other settings \(n\)'):
+        KeptParts(tmp_path / 'parts', dict(n=3)).open()
+    parts.file(0).unlink()
+    parts.remove_empty()
     assert names(tmp_path) == []
 
 

@@ -24,7 +24,8 @@ from torch import nn
 
 _SETTINGS = 'settings.json'
 _LEFTOVER = re.compile(r'\.(?P<stem>.+)\.\d+\.tmp(?P<suffix>\.[^.]*)?')
-_PART = re.compile(r'\d{9}\.safetensors(\.tmp)?|settings\.tmp')  # .tmp: of version 0.1
+_PART = re.compile(r'\d{9}\.safetensors')
+_OLD_LEFTOVER = re.compile(r'(\d{9}\.safetensors|settings)\.tmp')  # of version 0.1
 # Settings of modules that change nothing in what a model in eval mode computes.
 _PASSING = {'training', 'fused_attn', 'grad_checkpointing', 'batches', 'img_size'}
 
@@ -171,56 +172,68 @@ class KeptParts:
     def open(self) -> None:
         """Make the folder, or take over what an earlier run with the same key left in it.
 
+        A record without any part, of whatever key, is written anew: nothing is lost.
+
         Raises:
-            ValueError: It is of another key; names what differs. Or its record is damaged or missing.
+            ValueError: The parts are of another key; names what differs. Or their record is damaged or missing.
             FileExistsError: A file has the name of the folder.
         """
-        self.check()
+        self._check()
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
-        record = self.folder / _SETTINGS
-        if not record.exists():
-            write_whole(record, json.dumps(self.key))
+        if not self._has_parts():
+            write_whole(self.folder / _SETTINGS, json.dumps(self.key))
 
-    def check(self) -> None:
-        """The errors of `open`, without writing anything."""
+    def _check(self) -> None:
         if not self.folder.exists():
             return
         if not self.folder.is_dir():
             raise FileExistsError(f'{self.folder} is no folder, but parts are to be kept there: move it away.')
         record = self.folder / _SETTINGS
-        if record.exists():
+        if self._has_parts() and record.exists():
             check_key(self.folder, _read_record(record), self.key)
-            return
-        strange = [file.name for file in sorted(self.folder.iterdir()) if not _LEFTOVER.fullmatch(file.name)]
-        if strange:
-            raise ValueError(
-                f'{self.folder} holds {strange[0]}, but no {_SETTINGS} that says of what it is a part: remove '
-                f'{self.folder}, and what it holds is done again.')
+        elif not record.exists():
+            strange = [file.name for file in sorted(self.folder.iterdir()) if not _LEFTOVER.fullmatch(file.name)]
+            if strange:
+                raise ValueError(
+                    f'{self.folder} holds {strange[0]}, but no {_SETTINGS} that says of what it is a part: remove '
+                    f'{self.folder}, and what it holds is done again.')
+
+    def _has_parts(self) -> bool:
+        return any(_PART.fullmatch(file.name) for file in self.folder.iterdir())
 
     def file(self, number: int) -> Path:
         """Where part `number` lies."""
         return self.folder / f'{number:09d}.safetensors'
 
     def missing(self, count: int) -> list[int]:
-        """Which of the parts 0 .. count - 1 are still to be made; warns of damaged ones, which are made again."""
-        missing = []
-        for number in range(count):
-            file = self.file(number)
-            if not file.exists():
-                missing.append(number)
-            elif not _is_whole(file):
-                warnings.warn(f'{file} is damaged and is made again.', stacklevel=2)
-                missing.append(number)
-        return missing
+        """Which of the parts 0 .. count - 1 are still to be made."""
+        return [number for number in range(count) if self.is_missing(number)]
+
+    def is_missing(self, number: int) -> bool:
+        """Whether a part is still to be made; warns of a damaged one, which is to be made again."""
+        file = self.file(number)
+        if not file.exists():
+            return True
+        try:
+            with safe_open(file, framework='pt'):  # compares the length of the file with its header
+                return False
+        except (SafetensorError, OSError):
+            warnings.warn(f'{file} is damaged and is made again.', stacklevel=2)
+            return True
+
+    def remove_empty(self) -> None:
+        """Remove the folder unless it holds a part, after a run that came to nothing."""
+        if self.folder.is_dir() and not self._has_parts():
+            self.remove()
 
     def remove(self) -> None:
         """Remove the parts, after they have become something else; what others put into the folder stays."""
         if not self.folder.is_dir():
             return
         remove_leftovers(self.folder)
-        for file in list(self.folder.iterdir()):
-            if _PART.fullmatch(file.name):
+        for file in sorted(self.folder.iterdir()):
+            if _PART.fullmatch(file.name) or _OLD_LEFTOVER.fullmatch(file.name):
                 file.unlink()
         (self.folder / _SETTINGS).unlink(missing_ok=True)  # last: parts without it could not be told from others
         with contextlib.suppress(OSError):  # not empty
@@ -257,14 +270,6 @@ def _read_record(record: Path) -> Any:
         return json.loads(record.read_text(encoding='utf-8'))
     except ValueError as e:
         raise ValueError(f'{record} is damaged: remove {record.parent}, and what it holds is done again.') from e
-
-
-def _is_whole(file: Path) -> bool:
-    try:
-        with safe_open(file, framework='pt'):  # compares the length of the file with its header
-            return True
-    except (SafetensorError, OSError):
-        return False
 
 
 def _holder(record: Path) -> str:
