@@ -21,6 +21,7 @@ from timm.data import create_transform
 
 import timm_spot
 from timm_spot.models.attention_saliency import attention_saliency
+from timm_spot.models.placement import Placer
 from timm_spot.ops import spectral_residual
 from timm_spot.tasks.pictures.images import model_transform
 from timm_spot.tasks.pictures.saliency_maps import choose_prior, load_saliency, saliency_source
@@ -565,3 +566,22 @@ def test_prior_of_the_command_line(photos):
         place('sobol', 'spectral')
     with pytest.raises(ValueError, match="'sobel' is unknown"):
         place('sobel', None)
+
+
+def test_a_placer_that_looks_for_itself_takes_no_prior(photos, monkeypatch):
+    model = timm.create_model(PICO, n_tokens=4).eval()
+    positions = torch.rand(1, 4, 2)
+
+    class Corner(Placer):
+        name = 'corner'
+
+        def forward(self, images):
+            return positions.expand(len(images), -1, -1)
+
+    model.placer = Corner(model.placer.train_prior, model.placer.eval_prior).eval()
+    images = torch.rand(2, 3, 64, 64)
+    choose_prior(model, None, None, None)(images, photos)
+    assert torch.equal(model.place(images)[0], positions[0])
+    for asked in (dict(sampler='sobol', saliency=None), dict(sampler=None, saliency='spectral')):
+        with pytest.raises(ValueError, match="are of no use: placer 'corner' places tokens"):
+            choose_prior(model, transform=None, **asked)

@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.transforms import Grayscale
 
 from ...models.attention_saliency import attention_saliency
+from ...models.placement import SampledPlacer
 from ...ops.saliency import normalize_saliency, spectral_residual
 from ...ops.samplers import get_sampler
 from .files import open_regular, printable
@@ -163,8 +164,14 @@ def choose_prior(
         A function to call with each batch (images, files) before the model: it gives the model the batch's maps.
 
     Raises:
-        ValueError: An unknown sampler, or a saliency that the sampler has no use for.
+        ValueError: An unknown sampler, a saliency that the sampler has no use for, or either for a model whose placer
+            looks for itself.
     """
+    if not isinstance(model.placer, SampledPlacer):
+        if sampler is not None or saliency is not None:
+            raise ValueError(
+                f'sampler={sampler!r} and saliency={saliency!r} are of no use: {model.placer.source} places tokens.')
+        return lambda images, paths: None
     sampler = sampler or (model.placer.prior.sampler if saliency is None else 'salient')
     if 'saliency' not in get_sampler(sampler).keywords:
         if saliency is not None:
