@@ -49,7 +49,7 @@ _HELP = '\n'.join([
 @sampler_option
 @saliency_option
 @placer_option
-@seed_option
+@seed_option()
 @click.option('--steps', type=STEPS, default=30, show_default=True, help='Steps of the search in a trajectory or film.')
 @click.option('--lr', type=POSITIVE, default=1e-2, show_default=True, help='Its learning rate.')
 @click.option('--scorer', type=ScorerName(), default='cls-attention', show_default=True, help='What a pruning goes by.')

@@ -8,7 +8,15 @@ import click
 from torch import nn
 
 from .common import clean_errors, create_any_model, create_subpixel_model, main
-from .options import DEFAULT_MODEL, amp_option, batch_size_option, device_option, model_option
+from .options import (
+    DEFAULT_MODEL,
+    amp_option,
+    batch_size_option,
+    class_map_option,
+    device_option,
+    model_option,
+    workers_option,
+)
 from .params import (
     BUDGET,
     COUNT,
@@ -29,9 +37,6 @@ if TYPE_CHECKING:
     from ..tasks.pictures.datasets import Pictures
 
 _DEFAULT_SPARSE_MODEL = f'relevance_{DEFAULT_MODEL}'
-_WORKERS = Number(int, 0, 1024)
-_class_map_option = click.option(
-    '--class-map', default='', help="Names of the model's classes in order, one a line, for a folder or tar.")
 
 
 @main.command()
@@ -60,10 +65,10 @@ _class_map_option = click.option(
               show_default=True, help='Maps for the salient samplers.')
 @click.option('--split', default='validation', show_default=True)
 @click.option('--data-dir', help='Folder of a data set that DATA names with a prefix.')
-@_class_map_option
+@class_map_option
 @amp_option
 @batch_size_option(64)
-@click.option('--workers', type=_WORKERS, default=0, show_default=True, help='Processes that decode pictures.')
+@workers_option
 @device_option
 @click.option('--skip-broken', is_flag=True, help='Leave out pictures that cannot be read, and list them.')
 @click.option('--out', type=OutputFolder(), default='evaluation', show_default=True)
@@ -142,7 +147,7 @@ def _request(
 @click.option('--budgets', type=Items(BUDGET), default='', show_default='25,49,100; for digits 9,16,25')
 @click.option('--images', type=Number(int, 2, 1_000_000), default=359, show_default=True,
               help='Canvases, one of each held-out digit; or pictures, spread evenly over DATA.')
-@_class_map_option
+@class_map_option
 @device_option
 @click.option('--out', type=OutputFolder(), default='studies', show_default=True)
 def study(

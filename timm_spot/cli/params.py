@@ -16,6 +16,7 @@ from ..models.pruning_predictor import SCORERS
 from ..ops.samplers import get_sampler
 from ..tasks.drawing.kinds import KINDS
 from ..tasks.evaluation.families import name_patterns
+from ..tasks.search.settings import MAX_STEPS
 
 MAX_BUDGET = 1_000_000  # tokens: the pixels of an image of 1,000 x 1,000
 MAX_SEED = 2 ** 32 - 1
@@ -68,7 +69,7 @@ class Number(_Param):
 BUDGET = Number(int, 1, MAX_BUDGET)
 SEED = Number(int, 0, MAX_SEED, why='with the number of an image it makes the seed of its draw')
 COUNT = Number(int, 1, MAX_BUDGET)
-STEPS = Number(int, 0, MAX_BUDGET)
+STEPS = Number(int, 0, MAX_STEPS)
 POSITIVE = Number(float, 0, above=True)
 SHARE = Number(float, 0, 1, above=True)
 

@@ -51,7 +51,7 @@ from .progress import show_progress
 @sampler_option
 @saliency_option
 @placer_option
-@seed_option
+@seed_option()
 @click.option('--topk', type=COUNT, default=5, show_default=True, help='Classes for each picture.')
 @click.option('--json', 'as_json', is_flag=True, help='Print one JSON list instead of lines.')
 @click.option('--save-placement', type=OutputFile(), metavar='PNG',

@@ -36,7 +36,7 @@ def convert(source: str, dest: Path, model: str | None) -> None:
 @n_tokens_option
 @sampler_option
 @placer_option
-@seed_option
+@seed_option()
 @click.option('--positions-as-input', is_flag=True, help='Let the placement (B, N, 2), of any budget, be an input.')
 def export(name: str, out: Path, positions_as_input: bool, **placement: Any) -> None:
     """Write MODEL as ONNX or as PyTorch's exported program.
