@@ -88,6 +88,8 @@ def test_a_file_whose_writing_fails_stays_as_it_was(tmp_path):
     with pytest.raises(ZeroDivisionError), whole_file(tmp_path / 'a') as partial:
         partial.write_text('half')
         1 / 0  # noqa: B018
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(tmp_path / 'a', 'half \ud800')
     assert (tmp_path / 'a').read_text() == 'old' and names(tmp_path) == ['a']
 
 

@@ -174,6 +174,14 @@ def test_parts_and_results_are_never_written_under_their_names(tiny, folder, tmp
         run(tiny, folder, out)
     assert names(tmp_path) == ['data'], 'nothing, where there was no whole part'
     monkeypatch.undo()
+    shutil.copytree(folder, tmp_path / 'broken')
+    for file in (tmp_path / 'broken').glob('*/*.png'):
+        file.write_bytes(b'no picture')
+    monkeypatch.setattr(dataset_run, 'save_file', watch)  # of a batch without any picture that can be read
+    with pytest.raises(Stop):
+        run(tiny, tmp_path / 'broken', out, skip_broken=True)
+    shutil.rmtree(tmp_path / 'broken')
+    monkeypatch.undo()
     with pytest.raises(Stop):
         run(tiny, folder, out, progress=stop_after(1))
     monkeypatch.setattr(result, 'save_file', watch)
@@ -418,6 +426,8 @@ def test_labels_that_are_other_classes_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"has the classes class0, class1, class2; the model's are cat, dog, owl"):
         run(model, folder, tmp_path / 'r.safetensors')
     assert run(model, folder, tmp_path / 'r.safetensors', objective='entropy').correct_after is None
+    with pytest.raises(ValueError, match=r'other settings \(labels\)'):
+        run(make_model(), folder, tmp_path / 'r.safetensors', objective='entropy')
 
 
 def test_other_data_sets_of_timm(tiny, folder, tmp_path):

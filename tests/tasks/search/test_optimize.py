@@ -8,13 +8,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import SMALL
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from timm.layers import set_reentrant_ckpt, use_reentrant_ckpt
 
 from timm_spot import OracleResult, optimize_positions, sample_positions
 from timm_spot.tasks.pictures.digits import draw_canvases, load_digits, to_input
-from timm_spot.tasks.search.settings import reflect
 
 
 @pytest.fixture
@@ -221,14 +218,6 @@ def test_bounds(tiny, images, bounds):
         result.trajectory[0, 0, 1, 1].item(), dict(none=1.1, clamp=1., reflect=0.9)[bounds], rtol=0, atol=1e-6)
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.floats(-6, 6, width=32))
-def test_reflection_is_a_triangle_wave(x):
-    period = x % 2
-    expected = period if period <= 1 else 2 - period
-    assert abs(reflect(torch.tensor([x])).item() - expected) < 1e-5
-
-
 def test_finished_images_leave_the_batch(tiny, images):
     sizes = []
     hook = tiny.patch_embed.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
@@ -329,6 +318,12 @@ def test_nan_names_the_image(tiny, images):
     (dict(init=torch.rand(3, 9, 2)), ValueError, r'positions must have shape \(4, N, 2\)'),
     (dict(init=torch.rand(4, 9, 2), n_tokens=8), ValueError, 'n_tokens=8, but init'),
     (dict(n_tokens=0), ValueError, 'n_tokens=0'),
+    (dict(n_tokens=10 ** 12), ValueError, 'n_tokens=1000000000000 is more than the 4096 pixels'),
+    (dict(init=224. * torch.rand(4, 9, 2)), ValueError, 'lies mostly outside .*: positions are .* in .0, 1.. Divide'),
+    (dict(init='sampled_by_me'), ValueError, "'sampled_by_me' is unknown"),
+    (dict(images=torch.rand(4, 1, 64, 64)), ValueError, r'\(4, 1, 64, 64\) have 1 channels, the model takes 3'),
+    (dict(tol=math.nan), ValueError, 'tol=nan must be a finite number'),
+    (dict(lr=math.inf), ValueError, 'lr=inf'),
     (dict(images=torch.rand(0, 3, 64, 64)), ValueError, 'hold no image'),
     (dict(model=torch.nn.Identity()), TypeError, 'subpixel ViT'),
 ])
