@@ -194,14 +194,16 @@ def test_rows_do_not_depend_on_their_number():
 
 
 def test_rows_are_summed_in_the_order_of_their_channels():
-    """Without fused multiplication and addition, which processors and sizes use differently."""
-    linear = RowwiseLinear(3, 1, bias=True)
+    """A matrix product fuses multiplication and addition, and orders them, as the processor and the size suggest."""
+    torch.manual_seed(0)
+    linear, rows = RowwiseLinear(8, 3), torch.randn(1000, 8)
     with torch.no_grad():
-        linear.weight.copy_(torch.tensor([[1., 1. + 2 ** -12, 1.]]))
-        linear.bias.zero_()
-    # (1 + 2^-12)^2 is rounded to 1 + 2^-11 before it is added; fused, 2^-24 of it would be left.
-    rows = torch.tensor([[-1. - 2 ** -11, 1. + 2 ** -12, 0.], [1e8, 0., -1e8], [1., 0., 1e-9]])
-    assert linear(rows)[:, 0].tolist() == [0., 0., 1.]
+        for row, out in zip(rows[:50], linear(rows)):
+            for weight, bias, value in zip(linear.weight, linear.bias, out):
+                total = row[0] * weight[0]
+                for i in range(1, 8):
+                    total = total + row[i] * weight[i]
+                assert (total + bias).item() == value.item()
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit.trace:FutureWarning')

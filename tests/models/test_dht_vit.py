@@ -288,7 +288,7 @@ def test_dynamic_int8(whole, images):
     # Regions are found in full precision: 1,600 weights save nothing.
     assert torch.equal(quantized.segment(images).segmentation, whole.segment(images).segmentation)
     difference = (quantized(images) - whole(images)).abs().max()
-    assert 0. < difference < 0.1 * whole(images).abs().max()
+    assert 0. < difference < 0.5 * whole(images).abs().max()
 
 
 @torch.no_grad()
