@@ -61,7 +61,7 @@ class Regions:
 class RowwiseLinear(nn.modules.linear.NonDynamicallyQuantizableLinear):
     """nn.Linear of rows (n, C), each on its own: a matrix product rounds differently for other numbers of rows.
 
-    Quantisation passes it by: a few hundred weights save nothing, and the regions would move.
+    Quantisation passes it by: a few dozen weights save nothing, and the regions would move.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
