@@ -9,7 +9,7 @@ from timm.layers import Mlp
 from torch import nn
 
 from ..ops.regions.loss import image_area_loss, token_focal_loss, token_targets
-from .dht_checkpoint import checkpoint_filter_fn
+from .dht_checkpoint import check_finite, checkpoint_filter_fn, find_tensors
 from .dht_vit import DhtVisionTransformer, TokenFeatures
 
 
@@ -51,10 +51,18 @@ class DhtSegmenter(nn.Module):
         self.head = nn.Sequential(Mlp(width, 4 * width), classifier) if mlp else classifier
 
     def load_authors(self, state_dict: dict[str, torch.Tensor]) -> DhtSegmenter:
-        """Load a dense model's weights under the authors' names; returns self."""
+        """Load a dense model's weights under the authors' names; returns self.
+
+        Raises:
+            ValueError: The weights are damaged or do not suit this model; names what does not.
+        """
+        state_dict = check_finite(find_tensors(state_dict))
         own = {k: v for k, v in state_dict.items() if k.startswith(('norm.', 'head.'))}
         rest = checkpoint_filter_fn({k: v for k, v in state_dict.items() if k not in own}, self.backbone)
-        self.load_state_dict({**{f'backbone.{k}': v for k, v in rest.items()}, **own})
+        try:
+            self.load_state_dict({**{f'backbone.{k}': v for k, v in rest.items()}, **own})
+        except RuntimeError as e:
+            raise ValueError(f'these weights do not suit this model: {e}') from e
         return self
 
     def forward_features(self, images: torch.Tensor) -> TokenFeatures:

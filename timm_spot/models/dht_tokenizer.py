@@ -20,6 +20,7 @@ from ..ops.regions.criteria import check_criterion
 from ..ops.regions.features import inject_means, scharr_gradient
 from ..ops.regions.graph import sum_channels
 from ..ops.regions.hierarchy import Hierarchy, build_hierarchy
+from .dht_checkpoint import check_finite, find_tensors
 
 _GRADIENT_KERNEL = 'gradient.kernel'  # a constant among the released keys
 
@@ -60,7 +61,7 @@ class Regions:
 class RowwiseLinear(nn.modules.linear.NonDynamicallyQuantizableLinear):
     """nn.Linear of rows (n, C), each on its own: a matrix product rounds differently for other numbers of rows.
 
-    Quantisation passes it by: a few hundred weights save nothing, and the regions would move.
+    Quantisation passes it by: a few dozen weights save nothing, and the regions would move.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -194,6 +195,7 @@ class HierarchicalTokenizer(nn.Module):
         Raises:
             ValueError: The weights do not suit this tokenizer; names what does not.
         """
+        state_dict = check_finite(find_tensors(state_dict))
         prefix = 'tokenizer.'
         if any(k.startswith(prefix) for k in state_dict):
             state_dict = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
