@@ -21,7 +21,7 @@ from ..tasks.pictures.saliency_maps import choose_prior
 from .options import BATCH_SIZE as BATCH_SIZE
 from .options import DEFAULT_MODEL as DEFAULT_MODEL
 from .options import saliency_option as saliency_option
-from .params import check_model_name
+from .params import check_model_name, told
 
 
 @click.group(context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
@@ -56,9 +56,9 @@ def clean_errors() -> Iterator[None]:
     except (TypeError, ImportError) as e:
         if not _is_told(e):
             raise
-        raise click.ClickException(str(e)) from e
+        raise told(e) from e
     except (ValueError, RuntimeError, OSError, SafetensorError) as e:
-        raise click.ClickException(str(e) or type(e).__name__) from e
+        raise told(e) from e
 
 
 def _is_told(error: Exception) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..tasks.drawing.kinds import KINDS, PRIOR_TOKENS, Settings, Subject
+from ..tasks.pictures.files import printable
 from ..tasks.pictures.images import model_transform, read_picture
 from ..tasks.predict import looks_foreign, reads_digits
 from .common import clean_errors, create_model, create_placed_model, kinds_of, main, set_prior, warn_of_foreign
@@ -82,7 +83,7 @@ def draw(
         if KINDS[kind].alone is None and reads_digits(model) and looks_foreign(picture):
             warn_of_foreign([str(image)])
         KINDS[kind].write(Subject(model, images), settings, out)
-    click.echo(f'{out}  {kind}, {out.stat().st_size / 1024:.0f} KiB')
+    click.echo(f'{printable(out)}  {kind}, {out.stat().st_size / 1024:.0f} KiB')
 
 
 def _choose(kind: str | None, name: str | None) -> tuple[str, Callable[..., nn.Module]]:

@@ -22,6 +22,12 @@ MAX_BUDGET = 1_000_000  # tokens: the pixels of an image of 1,000 x 1,000
 MAX_SEED = 2 ** 32 - 1
 
 
+def told(error: Exception) -> click.ClickException:
+    """An error as a line on standard error and exit status 1; bytes of names that are no UTF-8 as escapes."""
+    text = str(error) or type(error).__name__
+    return click.ClickException(text.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace'))
+
+
 class _Param(click.ParamType):
     """A type whose refusals are `clean_errors`' lines: exit status 1, no usage text around them."""
 
@@ -29,7 +35,7 @@ class _Param(click.ParamType):
         try:
             return self.check(value, param.name if param is not None else self.name)
         except (ValueError, OSError) as e:
-            raise click.ClickException(str(e)) from e
+            raise told(e) from e
 
     def check(self, value: Any, name: str) -> Any:
         """The value as the command takes it; ValueError or OSError says what is wrong with it."""
