@@ -6,7 +6,6 @@ import warnings
 import click
 import pytest
 import timm
-import torch
 from click.testing import CliRunner
 from conftest import SMALL
 
@@ -56,14 +55,6 @@ def test_warnings_are_lines_for_as_long_as_a_command_runs():
         del common.main.commands['warn-of-it']
     assert result.stderr == 'warning: beware\n'
     assert warnings.showwarning is shown
-
-
-def test_amp_runs_the_model_under_autocast():
-    x, linear = torch.ones(1, 4), torch.nn.Linear(4, 4)
-    with common.autocast('cpu', 'bfloat16'):
-        assert linear(x).dtype == torch.bfloat16
-    with common.autocast('cpu', None):
-        assert linear(x).dtype == torch.float32
 
 
 def test_a_config_of_nonsense_keywords_is_named(tmp_path):

@@ -303,3 +303,20 @@ def test_unknown_range_is_refused(dht, tmp_path):
     Image.fromarray(np.zeros((20, 20), np.float32)).save(tmp_path / 'depth.tiff')
     result = run('predict', tmp_path / 'depth.tiff', '--model', f'local-dir:{dht}/model')
     assert result.exit_code == 1 and 'its pixels have 32 bits (mode F)' in result.output
+
+
+def test_amp_runs_the_model_under_autocast(pictures, saved):
+    exact, half, again = (
+        [row['classes'][0]['probability'] for row in json.loads(
+            run('predict', pictures, '--model', saved, '--json', *options).stdout)]
+        for options in ((), ('--amp', 'bfloat16'), ('--batch-size', '1')))
+    assert half != exact and half == pytest.approx(exact, abs=0.02)
+    assert again == pytest.approx(exact, abs=1e-6)
+
+
+def test_a_placer_and_a_seed_are_heard(pictures, saved):
+    rows = [json.loads(run('predict', pictures / 'a.png', '--model', saved, '--json', '--sampler', 'uniform', *options
+                           ).stdout)[0]['classes'] for options in ((), ('--seed', 1), ('--placer', 'sampled'))]
+    assert rows[0] == rows[2] != rows[1]
+    result = run('predict', pictures, '--model', saved, '--placer', 'sampeld')
+    assert result.exit_code == 1 and "did you mean 'sampled'" in result.stderr

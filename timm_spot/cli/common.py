@@ -3,24 +3,19 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from contextlib import contextmanager, nullcontext
-from typing import Any, Callable, ContextManager, Iterator
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator
 
 import click
 import timm
-import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from .. import __version__
-from ..tasks.drawing.figure import save_figure as save_figure
 from ..tasks.evaluation.families import Family, family_of
 from ..tasks.extras import install_hint
 from ..tasks.pictures.files import printable
 from ..tasks.pictures.saliency_maps import choose_prior
-from .options import BATCH_SIZE as BATCH_SIZE
-from .options import DEFAULT_MODEL as DEFAULT_MODEL
-from .options import saliency_option as saliency_option
 from .params import check_model_name, told
 
 
@@ -64,11 +59,6 @@ def clean_errors() -> Iterator[None]:
 def _is_told(error: Exception) -> bool:
     """Whether someone wrote `raise` for it, and not Python stumbled over a mistake in a program."""
     return (traceback.extract_tb(error.__traceback__)[-1].line or '').startswith('raise ')
-
-
-def autocast(device: str, amp: str | None) -> ContextManager[Any]:
-    """The context that `--amp` asks for."""
-    return nullcontext() if amp is None else torch.autocast(torch.device(device).type, getattr(torch, amp))
 
 
 def create_any_model(name: str, weights: str | None = None, pretrained: bool = True, **kwargs: Any) -> nn.Module:

@@ -7,6 +7,7 @@ from typing import Any, Callable
 
 import click
 import timm
+import torch
 from torch import nn
 
 from ..tasks import predict as prediction
@@ -17,7 +18,6 @@ from ..tasks.pictures.datasets import Pictures
 from ..tasks.pictures.files import printable
 from ..tasks.pictures.images import model_transform
 from .common import (
-    autocast,
     clean_errors,
     create_placed_model,
     kinds_of,
@@ -113,7 +113,7 @@ def _predict(
         for batch in prediction.read_batches(pictures, model, batch_size, broken):
             images = batch.images.to(device)
             set_saliency(images, batch.names)
-            with autocast(device, amp):
+            with torch.autocast(images.device.type, amp and getattr(torch, amp), enabled=amp is not None):
                 results += zip(batch.names, prediction.predict(model, images, names, topk))
             foreign += batch.foreign
             for file, image in zip(batch.names, images.split(1)) if draw else ():
