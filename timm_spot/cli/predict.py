@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import TYPE_CHECKING
 
 import click
 import timm
@@ -47,15 +48,15 @@ if TYPE_CHECKING:
               help='Save the picture with its windows, as .png, .svg, .pdf ...; of several pictures NAME-<picture>.png '
                    'for each, numbered where two have one name.')
 def predict(
-        images: Tuple[str, ...],
+        images: tuple[str, ...],
         name: str,
-        n_tokens: Optional[int],
-        sampler: Optional[str],
-        saliency: Optional[str],
+        n_tokens: int | None,
+        sampler: str | None,
+        saliency: str | None,
         topk: int,
-        weights: Optional[str],
+        weights: str | None,
         as_json: bool,
-        save_placement: Optional[Path],
+        save_placement: Path | None,
 ) -> None:
     """Print the most probable classes of IMAGES (files, folders, tars, globs, or a data set by name).
 
@@ -86,12 +87,12 @@ def predict(
 def _predict(
         model: nn.Module,
         pictures: Pictures,
-        broken: List[str],
-        sampler: Optional[str],
-        saliency: Optional[str],
+        broken: list[str],
+        sampler: str | None,
+        saliency: str | None,
         topk: int,
-        save_placement: Optional[Path],
-) -> List[Tuple[str, List[prediction.ClassScore]]]:
+        save_placement: Path | None,
+) -> list[tuple[str, list[prediction.ClassScore]]]:
     """Names and classes of all pictures that can be read; what is wrong with the others goes into `broken`."""
     names = prediction.class_names(model)
     set_saliency = set_prior(model, sampler, saliency, model_transform(model))
@@ -123,7 +124,7 @@ def _check_suffix(path: Path) -> None:
         raise FileNotFoundError(f'--save-placement {path}: there is no folder {path.parent}.')
 
 
-def _picture_path(path: Path, file: str, several: bool, used: Set[str]) -> Path:
+def _picture_path(path: Path, file: str, several: bool, used: set[str]) -> Path:
     """Where the placement of a picture goes: a file of its own."""
     path = path if path.suffix else path.with_suffix('.png')
     if not several:
