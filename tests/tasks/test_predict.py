@@ -49,7 +49,7 @@ def test_a_stream_is_read_in_batches(tmp_path, pico, monkeypatch):
         def __iter__(self):
             return ((noise(20 + i, 20), 0) for i in range(3))
 
-    monkeypatch.setattr('timm_spot.tasks.pictures.datasets.create_dataset', lambda *args, **kwargs: Stream())
+    monkeypatch.setattr('timm_spot.tasks.pictures.sources.create_dataset', lambda *args, **kwargs: Stream())
     batches = list(read_batches(Pictures(['wds/some']), pico, 2, []))
     assert [batch.names for batch in batches] == [['wds/some 0', 'wds/some 1'], ['wds/some 2']]
 

@@ -9,7 +9,7 @@ import torch
 from picture_files import BAD, noise, write_all, write_classes
 from PIL import ExifTags, Image
 
-from timm_spot.tasks.pictures import datasets as data
+from timm_spot.tasks.pictures import sources
 from timm_spot.tasks.pictures.datasets import Pictures
 from timm_spot.tasks.pictures.images import PictureError
 
@@ -79,7 +79,7 @@ def test_the_good_ones_of_several_sources_are_read(folder):
 
 
 def test_a_name_is_a_file_first(tmp_path, monkeypatch):
-    monkeypatch.setitem(data._CANVASES_PER_DIGIT, 'held_out', 1)
+    monkeypatch.setitem(sources._CANVASES_PER_DIGIT, 'held_out', 1)
     monkeypatch.chdir(tmp_path)
     assert len(Pictures(['digits'])) == 359
     (tmp_path / 'digits').mkdir()
@@ -147,7 +147,7 @@ def test_a_stream_is_upright_too(monkeypatch):
         def __iter__(self):
             yield picture, 3
 
-    monkeypatch.setattr(data, 'create_dataset', lambda *args, **kwargs: Stream())
+    monkeypatch.setattr(sources, 'create_dataset', lambda *args, **kwargs: Stream())
     stream = Pictures('wds/some', root='somewhere')
     assert stream.is_stream and len(stream) == 0
     assert [(p.size, label) for p, label in stream] == [((30, 40), 3)]
@@ -196,7 +196,7 @@ def test_the_digest_of_a_data_set_by_name_knows_its_name_split_and_root(folder, 
         def __iter__(self):
             return iter(())
 
-    monkeypatch.setattr(data, 'create_dataset', lambda *args, **kwargs: Stream())
+    monkeypatch.setattr(sources, 'create_dataset', lambda *args, **kwargs: Stream())
     digests = {Pictures(name, split, root).digest() for name in ('wds/a', 'wds/b') for split in ('train', 'test')
                for root in (None, 'x')}
     assert len(digests) == 8
@@ -206,7 +206,7 @@ def test_the_digest_of_the_digits_is_that_of_earlier_versions(monkeypatch):
     """So that their rows in a results.csv are found."""
     import hashlib
 
-    monkeypatch.setitem(data._CANVASES_PER_DIGIT, 'held_out', 1)
+    monkeypatch.setitem(sources._CANVASES_PER_DIGIT, 'held_out', 1)
     pictures = Pictures('digits')
     assert pictures.digest() == hashlib.sha256(pictures.canvases.numpy().tobytes()).hexdigest()[:12]
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from picture_files import write_all, write_classes
 
-from timm_spot.tasks.pictures import datasets as data
 from timm_spot.tasks.pictures import decoded as decoding
+from timm_spot.tasks.pictures import sources
 from timm_spot.tasks.pictures.datasets import Pictures
 from timm_spot.tasks.pictures.decoded import Decoded
 from timm_spot.tasks.pictures.digits import to_input
@@ -46,7 +46,7 @@ def test_what_is_decoded_is_what_the_transform_gives(pico, folder, tmp_path):
 
 
 def test_digits_are_the_canvases(pico, tmp_path, monkeypatch):
-    monkeypatch.setitem(data._CANVASES_PER_DIGIT, 'held_out', 1)
+    monkeypatch.setitem(sources._CANVASES_PER_DIGIT, 'held_out', 1)
     pictures = Pictures('digits')
     assert len(pictures) == 359
     decoded, batches = read(pictures, pico, tmp_path)
@@ -108,7 +108,7 @@ def test_a_stream_is_read_in_order_by_one_process(pico, folder, tmp_path, monkey
         def __iter__(self):
             return (kept[i] for i in range(20))
 
-    monkeypatch.setattr(data, 'create_dataset', lambda *args, **kwargs: Stream())
+    monkeypatch.setattr(sources, 'create_dataset', lambda *args, **kwargs: Stream())
     stream = Pictures('wds/some', root='somewhere')
     _, batches = read(stream, pico, tmp_path)
     _, expected = read(kept, pico, tmp_path)
