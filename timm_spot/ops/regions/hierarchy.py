@@ -190,9 +190,10 @@ def build_hierarchy(
     if max_levels is None:
         max_levels = math.ceil(math.log2(math.sqrt(H * W)))
     grid = features.transpose(0, 1).contiguous()  # C B H W
-    judge = partial(information_criterion, image_pixels=H * W, criterion=criterion, iota=iota)
     vertices = _pixel_vertices(grid)
     selection = _Selection(B, H * W, features.device, features.dtype)
+    select_from = partial(
+        _select_from, selection, partial(information_criterion, image_pixels=H * W, criterion=criterion, iota=iota))
     running = _Running(B, H * W, min_avg_region)
     levels: list[Level] = []
     edges = base = torch.empty(2, 0, dtype=torch.long, device=features.device)
@@ -201,24 +202,18 @@ def build_hierarchy(
             choice, omega = pixel_choice(grid, cmp)
         else:
             choice, omega = _vertex_choice(vertices, edges, self_similarity, cmp)
-        below = vertices.image
-        parent, vertices = _merge(vertices, choice, omega, running.frozen(below))
+        parent, merged = _merge(vertices, choice, omega, running.frozen(vertices.image))
         edges = unique_edges(
             parent.index_select(0, edges.flatten()).view(2, -1) if levels else grid_edges(parent.view(B, H, W)))
         base = base if levels else edges
-        value = judge(vertices.variances, vertices.sizes)
-        moved_in = selection.update(len(levels) + 1, parent, value, below)
-        running.update(vertices.image, moved_in, is_first=not levels)
-        levels.append(Level(
-            parent=parent, weight=omega, criterion=value, best=selection.label, **vertices._asdict()))
+        level, moved_in = select_from(len(levels) + 1, merged, parent, omega, vertices)
+        running.update(merged.image, moved_in, is_first=not levels)
+        levels.append(level)
+        vertices = merged
 
-    whole = _whole_images(vertices, B, H * W)
-    value = judge(whole.variances, whole.sizes)
-    selection.update(len(levels) + 1, vertices.image, value, vertices.image)
-    top = Level(
-        parent=vertices.image, weight=vertices.sizes.to(features.dtype), criterion=value, best=selection.label,
-        **whole._asdict())
-    return Hierarchy(levels, top, _cut_pieces(grid, [*levels, top], selection, base))
+    whole, _ = select_from(
+        len(levels) + 1, _whole_images(vertices, B, H * W), vertices.image, vertices.sizes.to(features.dtype), vertices)
+    return Hierarchy(levels, whole, _cut_pieces(grid, [*levels, whole], selection, base))
 
 
 def _pixel_vertices(grid: torch.Tensor) -> _Vertices:
@@ -270,6 +265,22 @@ def _merge(
         boxes=merge_boxes(vertices.boxes, parent, n),
         image=vertices.image.index_select(0, first),
     )
+
+
+def _select_from(
+        selection: _Selection,
+        judge: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        number: int,
+        vertices: _Vertices,
+        parent: torch.Tensor,
+        weight: torch.Tensor,
+        below: _Vertices,
+) -> tuple[Level, torch.Tensor]:
+    """Let the best regions give way to new vertices: the level that these are, and the image of each that gave way."""
+    value = judge(vertices.variances, vertices.sizes)
+    moved_in = selection.update(number, parent, value, below.image)
+    return Level(
+        parent=parent, weight=weight, criterion=value, best=selection.label, **vertices._asdict()), moved_in
 
 
 def _whole_images(vertices: _Vertices, batch_size: int, pixels: int) -> _Vertices:
