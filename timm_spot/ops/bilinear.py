@@ -5,6 +5,7 @@ Under convention `patch` the derivative is f(x + 1/2 px) - f(x - 1/2 px) instead
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -35,7 +36,7 @@ def _meet(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def _patch_rows_and_columns(
         positions: torch.Tensor,
         window: int,
-        size: tuple[int, int],
+        size: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Samples at p * L - 0.5 + offset pixels; with the image counted from -1 to 1, 2 p - 1 is the position itself."""
     offsets = torch.arange(window, device=positions.device, dtype=positions.dtype) - (window - 1) / 2
@@ -144,10 +145,11 @@ def symmetric_windows(images: torch.Tensor, positions: torch.Tensor, window: int
         window: Side k of the window in pixels.
         follow: Whether a derivative to the positions is wanted, for which pixels are kept.
     """
-    return _SymmetricWindows.apply(images, positions, window, follow)[0]
+    windows: torch.Tensor = _SymmetricWindows.apply(images, positions, window, follow)[0]
+    return windows
 
 
-def _locate(positions: torch.Tensor, window: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _locate(positions: torch.Tensor, window: int, size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """First pixels (B, N, 2) of the blocks around windows, and by how much, in [0.5, 1.5], samples lie behind them."""
     first = torch.stack([p * L - window / 2 for p, L in zip(positions.unbind(-1), size)], dim=-1)
     corner = (first.detach() - 0.5).floor()
@@ -226,5 +228,5 @@ def _spread(windows: torch.Tensor, weights_y: torch.Tensor, weights_x: torch.Ten
     """Transpose of `_weigh_pixels`: blocks (B, C, N, k + 2, k + 2) of windows (B, C, N, k, k)."""
     rows = weights_y[:, None, :, :, None, None].unbind(dim=3)
     columns = weights_x[:, None, :, :, None, None].unbind(dim=3)
-    tall = sum(F.pad(windows * weight, (0, 0, i, 2 - i)) for i, weight in enumerate(rows))
-    return sum(F.pad(tall * weight, (i, 2 - i)) for i, weight in enumerate(columns))
+    tall = torch.stack([F.pad(windows * weight, (0, 0, i, 2 - i)) for i, weight in enumerate(rows)]).sum(dim=0)
+    return torch.stack([F.pad(tall * weight, (i, 2 - i)) for i, weight in enumerate(columns)]).sum(dim=0)

@@ -103,7 +103,7 @@ def get_sampler(name: str) -> _Sampler:
     return sampler
 
 
-def check_n_tokens(n_tokens: int) -> None:
+def check_n_tokens(n_tokens: Any) -> None:
     """Raise TypeError or ValueError unless `n_tokens` is a whole number of at least 1."""
     if isinstance(n_tokens, bool) or not isinstance(n_tokens, int):
         raise TypeError(f'n_tokens must be an int, got {n_tokens!r} ({type(n_tokens).__name__}).')
@@ -118,7 +118,7 @@ def check_budgets(n_tokens: int | Sequence[int]) -> tuple[int, int]:
         TypeError: Not a whole number, nor two.
         ValueError: A budget below 1, or the first above the second.
     """
-    if not isinstance(n_tokens, (tuple, list)):
+    if isinstance(n_tokens, int) or not isinstance(n_tokens, (tuple, list)):
         check_n_tokens(n_tokens)
         return n_tokens, n_tokens
     if len(n_tokens) != 2:
@@ -261,9 +261,11 @@ def sobol(n_tokens: int, batch_size: int, generator: torch.Generator | None) -> 
     return torch.stack([torch.from_numpy(p) for p in points])
 
 
-for _name, _draw in dict(
-        isotropic=isotropic, center=center, grid=grid, grid_uniform=grid_uniform, grid_center=grid_center).items():
-    register_sampler(_name, deterministic=True)(_draw)
+register_sampler('isotropic', deterministic=True)(isotropic)
+register_sampler('center', deterministic=True)(center)
+register_sampler('grid', deterministic=True)(grid)
+register_sampler('grid_uniform', deterministic=True)(grid_uniform)
+register_sampler('grid_center', deterministic=True)(grid_center)
 
 
 @register_sampler('salient')
