@@ -22,9 +22,9 @@ import pytest
 import timm
 
 import timm_spot  # noqa: F401  registers the models
+from timm_spot.tasks.evaluation.families import name_patterns
 
 Patterns = Union[str, Sequence[str]]
-_KINDS = ('spot_*', 'relevance_*', 'dht_*')
 _MAPS = 'asks for feature maps; the tokens left form none'
 _TORCHSCRIPT = 'timm deprecates TorchScript and a scripted model would call back into Python: torch.export is the way'
 _LEFT_OUT = {
@@ -40,12 +40,12 @@ _list_models, _list_pretrained = timm.list_models, timm.list_pretrained
 
 
 def _select(names: Sequence[str], keep: Patterns, drop: Patterns) -> List[str]:
-    """Names that match timm's patterns for `vit_*` and `deit_*` by what follows `spot_`, `relevance_` or `dht_`."""
+    """Names that match timm's patterns for `vit_*` and `deit_*` by what follows the prefix of their family."""
     def matches(name: str, patterns: Patterns) -> bool:
         patterns = [patterns] if isinstance(patterns, str) else patterns
         as_vit = name.replace('spot_retrofit', 'vit_retrofit')
-        for prefix in ('relevance_', 'spot_', 'dht_'):
-            as_vit = as_vit.removeprefix(prefix)
+        prefixes = [pattern.removesuffix('*') for pattern in name_patterns()]
+        as_vit = as_vit.removeprefix(max((p for p in prefixes if as_vit.startswith(p)), key=len, default=''))
         return any(fnmatch.fnmatch(as_vit, p) for p in patterns)
 
     ours = [n for n in names if any(fnmatch.fnmatch(n, p) for p in os.environ['SPOT_NAMES'].split())]
@@ -62,12 +62,12 @@ def _list_ours(
 ) -> List[str]:
     if module and 'vision_transformer' not in ([module] if isinstance(module, str) else module):
         return []
-    ours = [n for kind in _KINDS for n in _list_models(kind, pretrained=pretrained, include_tags=include_tags)]
+    ours = _list_models(name_patterns(), pretrained=pretrained, include_tags=include_tags)
     return _select(ours, filter, exclude_filters)
 
 
 def _list_our_pretrained(filter: Patterns = '', exclude_filters: Patterns = '') -> List[str]:
-    return _select([n for kind in _KINDS for n in _list_pretrained(kind)], filter, exclude_filters)
+    return _select(_list_pretrained(name_patterns()), filter, exclude_filters)
 
 
 if 'SPOT_NAMES' in os.environ:

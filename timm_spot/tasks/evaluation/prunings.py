@@ -13,7 +13,6 @@ from ...models.pruning_vit import sparsify
 from ...ops.attention import check_keep_rate
 
 KEEP_RATES = (1., 0.9, 0.7, 0.5)
-COLUMNS = ('scorer', 'keep_rate', 'stages')
 
 
 @dataclasses.dataclass
@@ -25,21 +24,18 @@ class Pruning:
     keep_rate: float
 
     @property
-    def key(self) -> Dict[str, str]:
-        """Values of `COLUMNS`."""
-        stages = ' '.join(map(str, self.model.stages))
-        return dict(scorer=self.scorer, keep_rate=str(float(self.keep_rate)), stages=stages)
-
-    @property
     def stochastic(self) -> bool:
         """Whether the tokens that fall are drawn."""
         return self.scorer == 'random'
 
-    def apply(self, seed: int) -> None:
-        """Set the model to this scorer and keep rate; `seed` is that of the scorer 'random'."""
+    def model_at(self, seed: int) -> TokenPruning:
+        """The model at this scorer and keep rate, sharing its weights; `seed` is that of the scorer 'random'."""
+        model = copy.copy(self.model)
+        model.__dict__.update({name: dict(model.__dict__[name]) for name in ('_modules', '_parameters', '_buffers')})
         if self.scorer != 'relevance':
-            self.model.set_scorer(self.scorer, seed)
-        self.model.set_keep_rate(self.keep_rate)
+            model.set_scorer(self.scorer, seed)
+        model.set_keep_rate(self.keep_rate)
+        return model
 
 
 def check_prunings(models: Dict[str, nn.Module], scorers: Sequence[str], keep_rates: Sequence[float]) -> None:
