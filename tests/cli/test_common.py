@@ -1,16 +1,15 @@
 from __future__ import annotations
 
+import os
 import warnings
 
 import click
 import pytest
 import timm
-import torch
 from click.testing import CliRunner
 from conftest import SMALL
 
 from timm_spot.cli import common
-from timm_spot.cli.options import amp_option
 
 
 @pytest.mark.parametrize('error', [
@@ -58,26 +57,6 @@ def test_warnings_are_lines_for_as_long_as_a_command_runs():
     assert warnings.showwarning is shown
 
 
-def test_older_spellings_are_taken_but_not_shown():
-    @click.command()
-    @amp_option
-    def command(amp: str) -> None:
-        click.echo(f'{amp}')
-
-    for spelling in ('--amp', '--amp-dtype'):
-        assert CliRunner().invoke(command, [spelling, 'bfloat16']).output == 'bfloat16\n'
-    shown = CliRunner().invoke(command, ['--help']).output
-    assert '--amp ' in shown and '--amp-dtype' not in shown
-
-
-def test_amp_runs_the_model_under_autocast():
-    x, linear = torch.ones(1, 4), torch.nn.Linear(4, 4)
-    with common.autocast('cpu', 'bfloat16'):
-        assert linear(x).dtype == torch.bfloat16
-    with common.autocast('cpu', None):
-        assert linear(x).dtype == torch.float32
-
-
 def test_a_config_of_nonsense_keywords_is_named(tmp_path):
     timm.models.save_for_hf(timm.create_model('spot_vit_pico_patch8_64', **SMALL), tmp_path / 'saved')
     config = tmp_path / 'saved' / 'config.json'
@@ -93,3 +72,26 @@ def test_without_weights_none_are_looked_for(monkeypatch):
     monkeypatch.setattr(timm.models._builder, 'load_pretrained', refuse)
     model = common.create_model('spot_vit_pico_patch8_64', pretrained=False, n_tokens=9)
     assert model.n_tokens == 9 and not model.training
+
+
+def test_a_name_that_is_no_utf8_in_a_message_is_printed_as_escapes(tmp_path):
+    name = os.fsdecode(bytes(tmp_path) + b'/\xff.png')
+    result = CliRunner().invoke(common.main, ['draw', 'a.png', '--out', f'{name}/b.png'])
+    assert result.exit_code == 1 and f'there is no folder {tmp_path}/\\xff.png to write b.png to' in result.stderr
+    result = CliRunner().invoke(common.main, ['draw', name, '--out', str(tmp_path / 'b.png')])
+    assert result.exit_code == 1 and f'{tmp_path}/\\xff.png' in result.stderr and 'Traceback' not in result.output
+
+
+@pytest.mark.parametrize('options, says', [
+    (dict(seed=1), "a dHT model's tokens are regions that it finds itself: leave out --seed"),
+    (dict(sampler='uniform', placer='sampled'), 'leave out --sampler and --placer'),
+])
+def test_options_that_a_family_has_no_use_for_are_refused_before_weights_load(monkeypatch, options, says):
+    def refuse(*args, **kwargs):
+        raise AssertionError('weights were looked for')
+
+    monkeypatch.setattr(timm.models._builder, 'load_pretrained', refuse)
+    with pytest.raises(ValueError, match=says):
+        common.create_placed_model('dht_vit_small_patch16_in1k', **options)
+    with pytest.raises(ValueError, match='dht_vit_small_patch16_in1k is a dHT model, whose tokens are regions that it'):
+        common.create_subpixel_model('dht_vit_small_patch16_in1k')

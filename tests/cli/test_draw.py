@@ -49,7 +49,7 @@ def test_draw_of_regions(dht, tmp_path, kind):
 @pytest.mark.parametrize('options, says', [
     (('--kind', 'seen'), 'of which can be drawn: regions, means, hierarchy'),
     (('--sampler', 'sobol'), 'leave out --sampler'),
-    (('--saliency', 'spectral'), 'leave out --sampler and --saliency'),
+    (('--saliency', 'spectral'), 'leave out --saliency'),
 ])
 def test_what_does_not_suit_is_refused(dht, tmp_path, options, says):
     result = run(
@@ -199,3 +199,21 @@ def test_the_help_lists_every_kind():
     shown = run('draw', '--help').output
     for name, kind in kinds.KINDS.items():
         assert f'{name} ' in shown and kind.about.split(':')[0][:40] in ' '.join(shown.split())
+
+
+def test_the_model_of_digits_warns_of_a_photograph_where_it_is_asked(pictures, tmp_path):
+    Image.effect_noise((300, 200), 40).save(pictures / 'photo.png')
+    given = ('draw', pictures / 'photo.png', '--steps', 0)
+    assert 'warning' not in run(*given, '--out', tmp_path / 'a.png').output
+    result = run(*given, '--kind', 'trajectory', '--out', tmp_path / 'b.png')
+    assert result.exit_code == 0 and 'warning: this model reads digits' in result.stderr
+
+
+@pytest.mark.parametrize('kind', ['placement', 'regions'])
+def test_a_bad_picture_is_named(tmp_path, kind):
+    (tmp_path / 'a.png').write_bytes(b'no picture')
+    (tmp_path / 'folder.png').mkdir()
+    for name in ('a.png', 'folder.png', 'missing.png'):
+        result = run('draw', tmp_path / name, '--out', tmp_path / 'out.png', '--kind', kind)
+        assert result.exit_code == 1 and name in result.stderr and result.stderr.count('\n') == 1
+    assert not (tmp_path / 'out.png').exists()

@@ -8,7 +8,6 @@ import timm
 from conftest import SMALL
 
 from timm_spot.cli import params
-from timm_spot.tasks.evaluation.families import name_patterns
 
 
 @pytest.mark.parametrize('kind, value', [
@@ -25,7 +24,7 @@ def test_a_number_out_of_its_range_is_refused_with_the_range(kind, value):
 
 @pytest.mark.parametrize('kind, value, expected', [
     (params.BUDGET, '1', 1), (params.BUDGET, '1000000', 10 ** 6), (params.SEED, '0', 0),
-    (params.SEED, str(2 ** 63 - 1), 2 ** 63 - 1), (params.STEPS, '0', 0), (params.POSITIVE, '1e-3', 1e-3),
+    (params.SEED, str(2 ** 32 - 1), 2 ** 32 - 1), (params.STEPS, '0', 0), (params.POSITIVE, '1e-3', 1e-3),
     (params.SHARE, '1', 1.),
 ])
 def test_the_ends_of_a_range_are_taken(kind, value, expected):
@@ -63,7 +62,7 @@ def test_a_folder_with_a_config_is_a_model(tmp_path, monkeypatch):
 ])
 def test_what_is_no_model_is_refused_by_its_name(name, says, tmp_path):
     with pytest.raises((ValueError, OSError), match=says):
-        params.check_model_name(name.format(empty=tmp_path), name_patterns())
+        params.check_model_name(name.format(empty=tmp_path), ours=True)
 
 
 def test_any_model_of_timm_where_any_is_taken():
@@ -82,7 +81,7 @@ def test_any_model_of_timm_where_any_is_taken():
     (params.InputFile(), '.', r'\. is a folder, not a file'),
     (params.OutputFile(), 'no/such/a.png', 'there is no folder no/such to write a.png to'),
     (params.OutputFile(), '.', r'\. is a folder, not a file'),
-    (params.OutputFile('.onnx', '.pt2'), 'a.png', r'a\.png must end in \.onnx or \.pt2'),
+    (params.OutputFile('.onnx', '.pt2'), 'a.png', r"a\.png must end in '\.onnx' or '\.pt2'"),
     (params.OutputFolder(), 'file/svg', 'file is a file, not a folder'),
 ])
 def test_what_is_not_there_is_refused_before_any_work(kind, value, says, tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def test_keep_rate_1_gives_the_logits_of_the_backbone(kind, scorer):
     vit = backbone(**BACKBONES[kind])
     model = timm_spot.sparsify(vit, keep_rate=1, scorer=scorer)
     assert type(vit) is VisionTransformer
-    assert (model(images()) - vit(images())).abs().max() <= 1e-6
+    assert torch.equal(model(images()), vit(images()))
     assert set(vit.state_dict()) == {name for name in model.state_dict() if not name.startswith('predictors.')}
 
 
@@ -211,7 +211,7 @@ def test_features_are_those_of_the_tokens_left():
             images(), indices=[1], output_fmt='NLC', norm=True, stop_early=True, return_prefix_tokens=True,
             output_dict=True, intermediates_only=True)
         assert set(result) == {'image_intermediates', 'image_intermediates_prefix'}
-        assert torch.equal(result['image_intermediates'][0], model.norm(features[1]))
+        torch.testing.assert_close(result['image_intermediates'][0], model.norm(features[1]))
         assert result['image_intermediates_prefix'][0].shape == (3, 2, 32)
         with pytest.raises(ValueError, match=r"the tokens left at keep_rate=0\.5 form no feature map.*'NLC'"):
             model.forward_intermediates(images())
@@ -391,8 +391,9 @@ def test_compiles_and_exports(scorer):
     model, x = timm_spot.sparsify(backbone(depth=2), scorer=scorer), images()
     with torch.no_grad():
         expected = model(x)
-        assert torch.equal(torch.compile(model, fullgraph=True, backend='eager')(x), expected)
-        assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+        # A captured graph may hold an operation in another form.
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='eager')(x), expected)
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
 
 
 @torch.no_grad()
@@ -400,7 +401,7 @@ def test_fx_graph_gives_the_logits():
     """Functions that an FX graph takes as they are have to be known in each module that calls them."""
     model, x = timm_spot.sparsify(backbone(depth=2)), images()
     graph = NodePathTracer(leaf_modules=get_notrace_modules(), param_shapes_constant=True).trace(model)
-    assert torch.equal(torch.fx.GraphModule(model, graph)(x), model(x))
+    torch.testing.assert_close(torch.fx.GraphModule(model, graph)(x), model(x))
 
 
 def test_onnx_at_a_fixed_keep_rate(tmp_path):

@@ -3,29 +3,24 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from contextlib import contextmanager, nullcontext
-from typing import Any, Callable, ContextManager, Iterator
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator
 
 import click
 import timm
-import torch
 from safetensors import SafetensorError
 from torch import nn
 
-import timm_spot
-
-from ..tasks.drawing.figure import save_figure as save_figure
-from ..tasks.evaluation.families import family_of
+from .. import __version__
+from ..tasks.evaluation.families import Family, family_of
 from ..tasks.extras import install_hint
+from ..tasks.pictures.files import printable
 from ..tasks.pictures.saliency_maps import choose_prior
-from .options import BATCH_SIZE as BATCH_SIZE
-from .options import DEFAULT_MODEL as DEFAULT_MODEL
-from .options import saliency_option as saliency_option
-from .params import check_model_name
+from .params import check_model_name, told
 
 
 @click.group(context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
-@click.version_option(timm_spot.__version__)
+@click.version_option(__version__)
 @click.pass_context
 def main(ctx: click.Context) -> None:
     """Vision Transformers off the grid."""
@@ -56,19 +51,14 @@ def clean_errors() -> Iterator[None]:
     except (TypeError, ImportError) as e:
         if not _is_told(e):
             raise
-        raise click.ClickException(str(e)) from e
+        raise told(e) from e
     except (ValueError, RuntimeError, OSError, SafetensorError) as e:
-        raise click.ClickException(str(e) or type(e).__name__) from e
+        raise told(e) from e
 
 
 def _is_told(error: Exception) -> bool:
     """Whether someone wrote `raise` for it, and not Python stumbled over a mistake in a program."""
     return (traceback.extract_tb(error.__traceback__)[-1].line or '').startswith('raise ')
-
-
-def autocast(device: str, amp: str | None) -> ContextManager[Any]:
-    """The context that `--amp` asks for."""
-    return nullcontext() if amp is None else torch.autocast(torch.device(device).type, getattr(torch, amp))
 
 
 def create_any_model(name: str, weights: str | None = None, pretrained: bool = True, **kwargs: Any) -> nn.Module:
@@ -110,12 +100,41 @@ def create_model(
 
 
 def create_subpixel_model(name: str, weights: str | None = None, **kwargs: Any) -> nn.Module:
-    """A model of ours that places its tokens; an error for one of another family."""
-    model = create_model(name, weights, **kwargs)
-    family = family_of(model)
+    """A model of ours that places its tokens; an error, before any weights are read, for others."""
+    family = family_of(create_model(name, pretrained=False, device='meta'))
     if not family.has_samplers:
         raise ValueError(f'{name} is a {family.name} model, whose {family.tokens}: this command is for subpixel ViTs.')
-    return model
+    return create_model(name, weights, **kwargs)
+
+
+def create_placed_model(
+        name: str,
+        weights: str | None = None,
+        *,
+        device: str = 'cpu',
+        n_tokens: int | None = None,
+        sampler: str | None = None,
+        saliency: str | None = None,
+        **given: Any,
+) -> nn.Module:
+    """A model of ours on a device, with the budget, placer and seed of a command line.
+
+    What does not suit the model's family is refused before any weights are read, sampler and saliency included; these
+    two `set_prior` gives to the model.
+    """
+    family = family_of(create_model(name, pretrained=False, device='meta'))
+    check_placement(family, dict(given, sampler=sampler, saliency=saliency))
+    model = create_model(name, weights, **given)
+    if n_tokens is not None:
+        family.set_budget(model, n_tokens)
+    return model.to(device)
+
+
+def check_placement(family: Family, given: dict[str, Any]) -> None:
+    """Raise ValueError for options on where tokens lie, given to a family whose models find that themselves."""
+    useless = [f'--{name}' for name in ('sampler', 'saliency', 'placer', 'seed') if given.get(name) is not None]
+    if useless and not family.has_samplers:
+        raise ValueError(f"a {family.name} model's {family.tokens}: leave out {' and '.join(useless)}.")
 
 
 def set_prior(
@@ -125,8 +144,7 @@ def set_prior(
     family = family_of(model)
     if family.has_samplers:
         return choose_prior(model, sampler, saliency, transform)
-    if sampler or saliency:
-        raise ValueError(f"a {family.name} model's {family.tokens}: leave out --sampler and --saliency.")
+    check_placement(family, dict(sampler=sampler, saliency=saliency))
     return lambda *_: None
 
 
@@ -140,6 +158,15 @@ def kinds_of(model: nn.Module) -> tuple[str, ...]:
     if not family.kinds:
         raise ValueError(f'nothing can be drawn of a {family.name} model, whose {family.tokens}.')
     return family.kinds
+
+
+def warn_of_foreign(files: list[str]) -> None:
+    """Say of pictures that a model of digits is given, if there are any, that it reads no such."""
+    if files:
+        more = f' and {len(files) - 1} more' if len(files) > 1 else ''
+        click.secho(
+            f'warning: this model reads digits on canvases of 64 x 64 pixels; {printable(files[0])}{more} is no such '
+            'picture: for photographs give another --model', fg='yellow', err=True)
 
 
 def report_broken(messages: list[str]) -> None:

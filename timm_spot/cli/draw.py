@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from ..tasks.drawing.kinds import KINDS, PRIOR_TOKENS, Settings, Subject
-from ..tasks.pictures import images as pictures
-from .common import clean_errors, create_model, kinds_of, main, set_prior
+from ..tasks.pictures.files import printable
+from ..tasks.pictures.images import model_transform, read_picture
+from ..tasks.predict import looks_foreign, reads_digits
+from .common import clean_errors, create_model, create_placed_model, kinds_of, main, set_prior, warn_of_foreign
 from .options import (
     DEFAULT_MODEL,
     amp_option,
@@ -48,7 +50,7 @@ _HELP = '\n'.join([
 @sampler_option
 @saliency_option
 @placer_option
-@seed_option
+@seed_option()
 @click.option('--steps', type=STEPS, default=30, show_default=True, help='Steps of the search in a trajectory or film.')
 @click.option('--lr', type=POSITIVE, default=1e-2, show_default=True, help='Its learning rate.')
 @click.option('--scorer', type=ScorerName(), default='cls-attention', show_default=True, help='What a pruning goes by.')
@@ -64,8 +66,6 @@ def draw(
         device: str,
         amp: str | None,
         overwrite: bool,
-        sampler: str | None,
-        saliency: str | None,
         **given: Any,
 ) -> None:
     with clean_errors():
@@ -75,12 +75,15 @@ def draw(
             n_tokens=given['n_tokens'])
         kind, open_model = _choose(kind, name or (DEFAULT_MODEL if given['weights'] else None))
         KINDS[kind].check(out)
-        model = open_model(**given).to(device)
-        transform = pictures.model_transform(model)
-        batch = pictures.load_image(image, transform)[None].to(device)
-        set_prior(model, sampler, saliency, transform)(batch, [image])
-        KINDS[kind].write(Subject(model, batch), settings, out)
-    click.echo(f'{out}  {kind}, {out.stat().st_size / 1024:.0f} KiB')
+        picture = read_picture(image)
+        model = open_model(device=device, **given)
+        transform = model_transform(model)
+        images = transform(picture)[None].to(device)
+        set_prior(model, given['sampler'], given['saliency'], transform)(images, [image])
+        if KINDS[kind].alone is None and reads_digits(model) and looks_foreign(picture):
+            warn_of_foreign([str(image)])
+        KINDS[kind].write(Subject(model, images), settings, out)
+    click.echo(f'{printable(out)}  {kind}, {out.stat().st_size / 1024:.0f} KiB')
 
 
 def _choose(kind: str | None, name: str | None) -> tuple[str, Callable[..., nn.Module]]:
@@ -95,28 +98,28 @@ def _choose(kind: str | None, name: str | None) -> tuple[str, Callable[..., nn.M
     kind = kind or kinds[0]
     if kind not in kinds:
         raise ValueError(f'--kind {kind} does not suit {name}, of which can be drawn: {", ".join(kinds)}.')
-    return kind, partial(_placed_model if KINDS[kind].alone == 'windows' else create_model, name)
+    return kind, partial(_placed_model if KINDS[kind].alone == 'windows' else create_placed_model, name)
 
 
-def _placed_model(name: str, **settings: Any) -> nn.Module:
+def _placed_model(name: str, **given: Any) -> nn.Module:
     """A model of which nothing but the placement counts: its weights are left out, unless they place the tokens."""
-    model = create_model(name, pretrained=False, **settings)
+    model = create_placed_model(name, pretrained=False, **given)
     learned = any(True for _ in model.placer.parameters())
-    return create_model(name, **settings) if learned else model
+    return create_placed_model(name, **given) if learned else model
 
 
-def _even_windows(weights: None, n_tokens: int | None, **settings: Any) -> nn.Module:
+def _even_windows(weights: None, n_tokens: int | None, **given: Any) -> nn.Module:
     """A model whose windows are those of a ViT of 16 px patches at 224 px; what it would answer means nothing."""
-    return create_model(
-        'spot_vit_tiny_patch16_in21k', pretrained=False, depth=1, n_tokens=n_tokens or PRIOR_TOKENS, **settings)
+    return create_placed_model(
+        'spot_vit_tiny_patch16_in21k', pretrained=False, depth=1, n_tokens=n_tokens or PRIOR_TOKENS, **given)
 
 
-def _package_regions(weights: None, **settings: Any) -> nn.Module:
+def _package_regions(weights: None, **given: Any) -> nn.Module:
     """A model whose regions are those of the released tokenizer at 224 px; what it would answer means nothing."""
     from ..tasks.vectorize import RasterToVector
 
-    model = create_model('dht_vit_small_patch16_in1k', pretrained=False, depth=1, **settings)
-    model.patch_embed.tokenizer = RasterToVector().tokenizer
+    model = create_placed_model('dht_vit_small_patch16_in1k', pretrained=False, depth=1, **given)
+    model.patch_embed.tokenizer = RasterToVector().tokenizer.to(given['device'])
     return model
 
 

@@ -8,8 +8,28 @@ import click
 from torch import nn
 
 from .common import clean_errors, create_any_model, create_subpixel_model, main
-from .options import DEFAULT_MODEL, amp_option, batch_size_option, device_option, model_option
-from .params import BUDGET, COUNT, POSITIVE, SHARE, InputFile, Items, Number, OutputFolder, SaliencyName, SamplerName
+from .options import (
+    DEFAULT_MODEL,
+    amp_option,
+    batch_size_option,
+    class_map_option,
+    device_option,
+    model_option,
+    workers_option,
+)
+from .params import (
+    BUDGET,
+    COUNT,
+    POSITIVE,
+    SEED,
+    SHARE,
+    InputFile,
+    Items,
+    Number,
+    OutputFolder,
+    SaliencyName,
+    SamplerName,
+)
 from .progress import show_progress
 
 if TYPE_CHECKING:
@@ -17,10 +37,6 @@ if TYPE_CHECKING:
     from ..tasks.pictures.datasets import Pictures
 
 _DEFAULT_SPARSE_MODEL = f'relevance_{DEFAULT_MODEL}'
-_SEED = Number(int, 0, 2 ** 31 - 1, why='with the number of an image it makes the seed of its draw')
-_WORKERS = Number(int, 0, 1024)
-_class_map_option = click.option(
-    '--class-map', default='', help="Names of the model's classes in order, one a line, for a folder or tar.")
 
 
 @main.command()
@@ -43,16 +59,16 @@ _class_map_option = click.option(
               'model with trained predictors), cls-attention, received-attention, norm, random.')
 @click.option('--keep-rates', type=Items(SHARE), default='', show_default='1,0.9,0.7,0.5',
               help='Shares of the tokens that each stage keeps.')
-@click.option('--seeds', type=Items(_SEED), default='0', show_default=True,
+@click.option('--seeds', type=Items(SEED), default='0', show_default=True,
               help='For placements and tokens that are drawn.')
 @click.option('--saliency', type=SaliencyName(), metavar='spectral|attention:NAME|FOLDER', default='spectral',
               show_default=True, help='Maps for the salient samplers.')
 @click.option('--split', default='validation', show_default=True)
 @click.option('--data-dir', help='Folder of a data set that DATA names with a prefix.')
-@_class_map_option
+@class_map_option
 @amp_option
 @batch_size_option(64)
-@click.option('--workers', type=_WORKERS, default=0, show_default=True, help='Processes that decode pictures.')
+@workers_option
 @device_option
 @click.option('--skip-broken', is_flag=True, help='Leave out pictures that cannot be read, and list them.')
 @click.option('--out', type=OutputFolder(), default='evaluation', show_default=True)
@@ -131,7 +147,7 @@ def _request(
 @click.option('--budgets', type=Items(BUDGET), default='', show_default='25,49,100; for digits 9,16,25')
 @click.option('--images', type=Number(int, 2, 1_000_000), default=359, show_default=True,
               help='Canvases, one of each held-out digit; or pictures, spread evenly over DATA.')
-@_class_map_option
+@class_map_option
 @device_option
 @click.option('--out', type=OutputFolder(), default='studies', show_default=True)
 def study(

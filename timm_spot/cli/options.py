@@ -12,6 +12,7 @@ from .params import (
     DeviceName,
     InputFile,
     ModelName,
+    Number,
     PlacerName,
     SaliencyName,
     SamplerName,
@@ -51,12 +52,15 @@ saliency_option = click.option(
          'pretrained timm ViT, or a folder with a map for each picture.')
 placer_option = click.option(
     '--placer', type=PlacerName(), help="What places the tokens, by its registered name; by default that of the model.")
-seed_option = click.option('--seed', type=SEED, help='For samplers that draw; by default that of the model.')
 device_option = click.option(
     '--device', type=DeviceName(), default='cpu', show_default=True, help='Where the model runs: cpu, cuda, cuda:1 ...')
 amp_option = click.option(
     '--amp', '--amp-dtype', 'amp', cls=Renamed, type=click.Choice(['bfloat16', 'float16']),
     help='Run the model under autocast.')
+class_map_option = click.option(
+    '--class-map', default='', help="Names of the model's classes in order, one a line, for a folder or tar.")
+workers_option = click.option(
+    '--workers', type=Number(int, 0, 1024), default=0, show_default=True, help='Processes that read pictures.')
 overwrite_option = click.option('--overwrite', is_flag=True, help='Write over what is there.')
 
 
@@ -66,11 +70,8 @@ def batch_size_option(default: int = BATCH_SIZE) -> Decorator:
         '--batch-size', type=COUNT, default=default, show_default=True, help='Images that the model sees at a time.')
 
 
-def options(*decorators: Decorator) -> Decorator:
-    """Several options, shown in this order."""
-    def apply(command: Callable[..., Any]) -> Callable[..., Any]:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return apply
+def seed_option(default: int | None = None) -> Decorator:
+    """`--seed`: of placements that are drawn."""
+    return click.option(
+        '--seed', type=SEED, default=default, show_default='that of the model' if default is None else True,
+        help='For samplers that draw.')

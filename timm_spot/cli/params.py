@@ -11,14 +11,21 @@ import click
 import timm
 import torch
 
-from ..models.placement import get_placer
+from ..models.placement import get_placer, list_placers
 from ..models.pruning_predictor import SCORERS
 from ..ops.samplers import get_sampler
 from ..tasks.drawing.kinds import KINDS
 from ..tasks.evaluation.families import name_patterns
+from ..tasks.search.settings import MAX_STEPS
 
 MAX_BUDGET = 1_000_000  # tokens: the pixels of an image of 1,000 x 1,000
-MAX_SEED = 2 ** 63 - 1
+MAX_SEED = 2 ** 32 - 1
+
+
+def told(error: Exception) -> click.ClickException:
+    """An error as a line on standard error and exit status 1; bytes of names that are no UTF-8 as escapes."""
+    text = str(error) or type(error).__name__
+    return click.ClickException(text.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace'))
 
 
 class _Param(click.ParamType):
@@ -28,7 +35,7 @@ class _Param(click.ParamType):
         try:
             return self.check(value, param.name if param is not None else self.name)
         except (ValueError, OSError) as e:
-            raise click.ClickException(str(e)) from e
+            raise told(e) from e
 
     def check(self, value: Any, name: str) -> Any:
         """The value as the command takes it; ValueError or OSError says what is wrong with it."""
@@ -66,9 +73,9 @@ class Number(_Param):
 
 
 BUDGET = Number(int, 1, MAX_BUDGET)
-SEED = Number(int, 0, MAX_SEED)
+SEED = Number(int, 0, MAX_SEED, why='with the number of an image it makes the seed of its draw')
 COUNT = Number(int, 1, MAX_BUDGET)
-STEPS = Number(int, 0, MAX_BUDGET)
+STEPS = Number(int, 0, MAX_STEPS)
 POSITIVE = Number(float, 0, above=True)
 SHARE = Number(float, 0, 1, above=True)
 
@@ -94,6 +101,17 @@ class SamplerName(_Param):
 
     def check(self, value: str, name: str) -> str:
         get_sampler(value)
+        return value
+
+
+class StartName(_Param):
+    """A registered spatial prior, or the placer of the model."""
+
+    name = 'name'
+
+    def check(self, value: str, name: str) -> str:
+        if value not in list_placers():
+            get_sampler(value)
         return value
 
 
@@ -147,7 +165,7 @@ class ModelName(_Param):
     """A name of timm's, hf-hub:ID, local-dir:PATH, or a folder as timm saves one, which becomes local-dir:PATH.
 
     Args:
-        ours: Take only names of our families.
+        ours: Whether only names of our own families are taken.
     """
 
     name = 'model'
@@ -156,14 +174,14 @@ class ModelName(_Param):
         self.ours = ours
 
     def check(self, value: str, name: str) -> str:
-        return check_model_name(value, name_patterns() if self.ours else None)
+        return check_model_name(value, self.ours)
 
 
-def check_model_name(value: str, patterns: list[str] | None = None) -> str:
+def check_model_name(value: str, ours: bool = False) -> str:
     """A model's name as `timm.create_model` takes it.
 
     Raises:
-        ValueError: An unknown name (with the closest known ones), or one that none of the patterns fits.
+        ValueError: An unknown name (with the closest known ones), or one that is not of our own families.
         FileNotFoundError: A folder that holds no model.
     """
     scheme, _, rest = value.partition(':')
@@ -178,14 +196,14 @@ def check_model_name(value: str, patterns: list[str] | None = None) -> str:
     if ':' in value:
         raise ValueError(
             f'unknown model {value}: give a name, hf-hub:ID, local-dir:PATH or a folder with a config.json.')
-    ours = timm.list_models(patterns or '*')
     if not timm.is_model(value):
-        known = ours + timm.list_models(patterns or '*', include_tags=True)
+        patterns = name_patterns() if ours else '*'
+        known = timm.list_models(patterns) + timm.list_models(patterns, include_tags=True)
         close = difflib.get_close_matches(value, known, n=3, cutoff=0.4)
         hint = f" Did you mean {' or '.join(close)}?" if close else ''
         raise ValueError(f'unknown model {value}.{hint} `timm-spot models` lists them all.')
     architecture, _, tag = value.partition('.')
-    if architecture not in ours:
+    if ours and architecture not in timm.list_models(name_patterns()):
         raise ValueError(f'{value} is no model of timm_spot: `timm-spot models` lists those that are.')
     tagged = timm.list_models(f'{architecture}.*', include_tags=True)
     if tag and value not in tagged:
@@ -271,7 +289,7 @@ class OutputFolder(_Param):
 def check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
     """Raise ValueError unless a file's name ends in one of the suffixes, if any are given."""
     if suffixes and path.suffix.lower() not in suffixes:
-        raise ValueError(f'{path} must end in {" or ".join(suffixes)}.')
+        raise ValueError(f'{path} must end in {" or ".join(map(repr, suffixes))}.')
 
 
 def check_overwrite(paths: list[Path], overwrite: bool) -> None:

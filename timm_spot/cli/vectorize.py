@@ -7,8 +7,10 @@ from pathlib import Path
 import click
 
 from ..tasks.kept import write_whole
-from ..tasks.pictures import images as pictures
-from ..tasks.vectorize import CLOSE, RasterToVector, read_picture
+from ..tasks.pictures.datasets import Pictures
+from ..tasks.pictures.files import printable
+from ..tasks.pictures.images import PictureError
+from ..tasks.vectorize import CLOSE, RasterToVector, to_input
 from .common import clean_errors, main, report_broken
 from .options import device_option, overwrite_option
 from .params import COUNT, OutputFolder, check_overwrite
@@ -43,36 +45,38 @@ def vectorize(
         device: str,
         overwrite: bool,
 ) -> None:
-    """Draw IMAGES (files, folders, globs) as SVG: a path of smooth curves for each region.
+    """Draw IMAGES (files, folders, tars, globs) as SVG: a path of smooth curves for each region.
 
-    A file that is no picture is reported on standard error, the others are still drawn, and the exit status is 1.
+    A file that is no picture, or is not there, is reported at the end on standard error; the others are still drawn,
+    and the exit status is 1.
     """
-    broken = []
     with clean_errors():
-        paths: dict[Path, Path] = {}
-        for file in pictures.find_images(images):
-            path = out / f'{file.stem}.svg'
-            if path in paths:
-                raise ValueError(f'{file} and {paths[path]} would both be {path}: rename one.')
-            paths[path] = file
-        check_overwrite(list(paths), overwrite)
         model = RasterToVector(
             target=regions, tolerance=tolerance, smoothing=smoothing, stroke=stroke, longest_edge=longest_edge,
             patch_size=32 if background else None).to(device)
-        out.mkdir(parents=True, exist_ok=True)
-        for path, file in paths.items():
+        pictures = Pictures(images)
+        broken = list(pictures.broken)
+        paths: dict[Path, str] = {}
+        for i in range(len(pictures)):
+            file = pictures.name(i)
+            path = out / f'{Path(file).stem}.svg'
+            if path in paths:
+                raise ValueError(f'{printable(file)} and {printable(paths[path])} would both be {path}: rename one.')
+            paths[path] = file
+        check_overwrite(list(paths), overwrite)
+        if paths:
+            out.mkdir(parents=True, exist_ok=True)
+        for i, path in enumerate(paths):
             begin = time.monotonic()
             try:
-                picture = read_picture(file, max_side).to(device)
-            except ValueError as e:
+                svg, = model(to_input(pictures[i][0], max_side).to(device))
+            except PictureError as e:
                 broken.append(str(e))
                 continue
-            try:
-                svg, = model(picture)
-            except ValueError as e:  # nothing is left of its outlines
-                broken.append(f'{file}: {e}')
+            except ValueError as e:  # the options leave nothing of its outlines
+                broken.append(f'{printable(paths[path])}: {e}')
                 continue
             write_whole(path, svg)
-            click.echo(f'{path}  {svg.count("<path")} paths, {path.stat().st_size / 1024:.0f} KiB, '
+            click.echo(f'{printable(path)}  {svg.count("<path")} paths, {path.stat().st_size / 1024:.0f} KiB, '
                        f'{time.monotonic() - begin:.1f} s')
     report_broken(broken)

@@ -6,7 +6,6 @@ A family of models names the kinds that can be drawn of it.
 """
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Literal, NamedTuple
@@ -137,7 +136,8 @@ def _draw_pruning(subject: Subject, settings: Settings) -> Figure:
         raise ValueError("scorer='relevance' needs trained predictors: draw a model that has them (relevance_*).")
     else:
         model = sparsify(model, settings.keep_rate, scorer=settings.scorer)
-    with torch.no_grad(), autocast(images.device, settings.amp_dtype):
+    amp = settings.amp_dtype
+    with torch.no_grad(), torch.autocast(images.device.type, amp, enabled=amp is not None):
         kept = [index[0] for index in model.kept_tokens(images, positions=positions)]
     return draw_pruning(subject.picture, positions, kept, **subject.windows).figure
 
@@ -157,11 +157,6 @@ def _draw_hierarchy(subject: Subject, settings: Settings) -> Figure:
 @torch.no_grad()
 def _regions(subject: Subject) -> Any:
     return subject.model.segment(subject.images)
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
-    """The context in which a model runs in another type, if one is given."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 KINDS = {

@@ -121,5 +121,5 @@ register_family(Family(
 register_family(Family(
     name='dHT', patterns=('dht_*',), suits=lambda model: isinstance(model, DhtVisionTransformer), ways=_dht_ways,
     kinds=('regions', 'means', 'hierarchy'),
-    set_budget=lambda model, n_tokens: model.set_placement(n_tokens=n_tokens),
+    set_budget=lambda model, n_tokens: model.set_budget(n_tokens),
     tokens='tokens are regions that it finds itself'))
