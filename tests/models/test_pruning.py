@@ -15,7 +15,7 @@ from torchvision.models.feature_extraction import NodePathTracer
 
 import timm_spot
 from timm_spot.models import SubpixelVisionTransformer
-from timm_spot.models.pruning_predictor import SCORERS
+from timm_spot.models.pruning_scorers import SCORERS
 from timm_spot.models.pruning_vit import RelevanceSubpixelVisionTransformer, RelevanceVisionTransformer
 from timm_spot.tasks.evaluation.flops import count_flops
 from timm_spot.tasks.pictures.digits import draw_canvases, load_digits, to_input
@@ -90,7 +90,7 @@ def test_an_image_does_not_depend_on_its_neighbours(scorer):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 100), st.sampled_from(SCORERS))
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 100), st.sampled_from(list(SCORERS)))
 def test_every_count(rows, columns, percent, scorer):
     vit = backbone(img_size=(8 * rows, 8 * columns))
     model = timm_spot.sparsify(vit, keep_rate=percent / 100, stages=(1, 2), scorer=scorer)

@@ -100,7 +100,7 @@ def list_cells(
                 cells.append(_cell(key, model, way.tokens(model), way.stochastic, seeds))
                 continue
             cells += [
-                _cell({**key, **p.key}, p.model, _pruned(way.tokens(p.model), p), way.stochastic or p.stochastic, seeds)
+                _cell({**key, **p.key}, p.model, _pruned(way, p), way.stochastic or p.stochastic, seeds)
                 for p in pruned]
     return cells
 
@@ -208,11 +208,10 @@ def _as_it_is(model: nn.Module) -> Tokens:
     return lambda images, labels, index, files, seed: model.forward_features(images)
 
 
-def _pruned(tokens: Tokens, pruning: prunings.Pruning) -> Tokens:
+def _pruned(way: _Way, pruning: prunings.Pruning) -> Tokens:
     def pruned(images: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, files: Sequence[str], seed: int
                ) -> torch.Tensor:
-        pruning.apply(seed)
-        return tokens(images, labels, index, files, seed)
+        return way.tokens(pruning.model_at(seed))(images, labels, index, files, seed)
 
     return pruned
 
