@@ -15,7 +15,7 @@ from torch import nn
 
 from ..ops.regions.features import fit_histogram_weights
 from ._timm import update_model_args
-from .spot_checkpoint import adapt_tail, fold_prefix, split_table
+from .vit_checkpoint import adapt_tail, fold_prefix, split_table
 
 StateDict = Dict[str, torch.Tensor]
 

@@ -3,11 +3,13 @@
 Paper: `SPOT: SParsification with attentiOn dynamics via Token relevance in Vision Transformers` -
 https://arxiv.org/abs/2511.10488
 """
-# No postponed annotations in this file: timm's registry reads those of entrypoints.
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional
+from typing import Any
 
 import timm
 import torch
@@ -27,50 +29,47 @@ from .download import check_source
 from .pruning import pop_pruning
 from .pruning_scorers import get_scorer
 from .pruning_vit import RelevanceSubpixelVisionTransformer, RelevanceVisionTransformer, sparsify_in_place
-from .spot_checkpoint import checkpoint_filter_fn
+from .spot_checkpoint import checkpoint_filter_fn, keep_fresh
+from .spot_config import SpotPretrainedCfg, cfg_from_timm, resolve_cfg, timm_cfg
 from .spot_retrofit import SOURCE_FIELDS, backbone_cfg
-from .spot_vit import (
-    _TIMM_FIELDS,
-    SpotPretrainedCfg,
-    SubpixelVisionTransformer,
-    _create_spot_vit,
-    _from_timm,
-    _resolve_cfg,
-)
+from .spot_vit import SubpixelVisionTransformer
+from .spot_zoo import create_spot_vit
+
+_PREDICTORS = 'predictors.'
 
 
 def relevance_filter_fn(
-        state_dict: Dict[str, torch.Tensor],
+        state_dict: dict[str, torch.Tensor],
         model: nn.Module,
+        fresh: Sequence[str] = (),
         fresh_predictors: bool = False,
-) -> Dict[str, torch.Tensor]:
+) -> dict[str, torch.Tensor]:
     """The filter of the backbone's checkpoints, for a model that drops tokens.
 
-    Predictors that a model with a scorer without training does not have are left out.
+    Predictors that a model does not have, by a scorer that needs no training, are left out.
 
     Args:
         state_dict: Of the backbone, with or without predictors.
-        model: To be filled.
-        fresh_predictors: Where the checkpoint has none, leave the model's at random.
+        model: The model to fill.
+        fresh: Prefixes of what else the model keeps as it is where the checkpoint has nothing of it.
+        fresh_predictors: Whether it keeps its predictors where the checkpoint has none.
 
     Raises:
-        ValueError: The model has predictors, the checkpoint has none, and fresh ones were not asked for.
+        ValueError: The model has predictors that the checkpoint lacks, and fresh ones were not asked for.
     """
     if isinstance(model, SubpixelVisionTransformer):
-        state_dict = checkpoint_filter_fn(state_dict, model)
+        state_dict = checkpoint_filter_fn(state_dict, model, fresh)
     else:
         state_dict = vit_checkpoint_filter_fn(state_dict, model, adapt_layer_scale=True)
-    own = {name: value for name, value in model.state_dict().items() if name.startswith(_PREDICTORS)}
-    if not own:
+    if not model.predictors:
         return {name: value for name, value in state_dict.items() if not name.startswith(_PREDICTORS)}
-    missing = [name for name in own if name not in state_dict]
-    if missing and not (fresh_predictors and len(missing) == len(own)):
+    if fresh_predictors:
+        state_dict = keep_fresh(state_dict, model, (_PREDICTORS,))
+    missing = [name for name in model.state_dict() if name.startswith(_PREDICTORS) and name not in state_dict]
+    if missing:
         listed = ', '.join(missing[:3]) + (f' and {len(missing) - 3} more' if len(missing) > 3 else '')
         raise ValueError(_no_predictors_message(model.scorer, f'the weights lack {listed}'))
-    return {**state_dict, **{name: own[name] for name in missing}}
-
-
-_PREDICTORS = 'predictors.'
+    return state_dict
 
 
 def _no_predictors_message(scorer: str, lack: str) -> str:
@@ -80,10 +79,11 @@ def _no_predictors_message(scorer: str, lack: str) -> str:
         'has fresh ones without being asked).')
 
 
-def _pop_fresh(kwargs: Dict[str, Any]) -> bool:
+def _pop_fresh(kwargs: dict[str, Any]) -> bool:
     """Take `fresh_predictors` out of a model's keywords; what a saved config says was meant for its training."""
     fresh = kwargs.pop('fresh_predictors', False)
-    return bool(fresh) and not (kwargs.get('pretrained_model_args') or {}).get('fresh_predictors', False)
+    saved = kwargs.get('pretrained_model_args') or {}
+    return bool(fresh) and not saved.get('fresh_predictors', False)
 
 
 def _from_digits() -> SpotPretrainedCfg:
@@ -103,7 +103,7 @@ default_cfgs = generate_default_cfgs({
     'relevance_deit_tiny_patch16_224.fb_in1k': _from_deit('deit_tiny_patch16_224.fb_in1k'),
     'relevance_deit_small_patch16_224.fb_in1k': _from_deit('deit_small_patch16_224.fb_in1k'),
     'relevance_deit_base_patch16_224.fb_in1k': _from_deit('deit_base_patch16_224.fb_in1k'),
-    'relevance_spot_vit_base_patch16_mae.mae': _from_timm('vit_base_patch16_224.mae', num_classes=1000),
+    'relevance_spot_vit_base_patch16_mae.mae': cfg_from_timm('vit_base_patch16_224.mae', num_classes=1000),
     'relevance_spot_vit_pico_patch8_64.digits': _from_digits(),
 })
 
@@ -134,7 +134,7 @@ def _create_relevance_vit(
 def relevance_vit(
         pretrained: bool = False,
         backbone: str = 'vit_tiny_patch16_224',
-        backbone_args: Optional[Dict[str, Any]] = None,
+        backbone_args: dict[str, Any] | None = None,
         **kwargs: Any,
 ) -> nn.Module:
     """Any timm or subpixel VisionTransformer that drops tokens, see `timm_spot.sparsify`.
@@ -145,7 +145,7 @@ def relevance_vit(
     or with `fresh_predictors=True`.
     """
     cache_dir = kwargs.get('cache_dir')
-    cfg = _resolve_cfg(
+    cfg = resolve_cfg(
         'relevance_vit', kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
     source = resolve_model_input_args(backbone, cache_dir=cache_dir)
     own_weights = bool(cfg.has_weights or cfg.state_dict)
@@ -163,12 +163,12 @@ def relevance_vit(
         pretrained=pretrained and own_weights,
         model_cls=partial(
             _build, source=source, backbone_args=backbone_args or {}, pretrained=pretrained and not own_weights),
-        pretrained_cfg=PretrainedCfg(**{name: getattr(cfg, name) for name in _TIMM_FIELDS}),
+        pretrained_cfg=timm_cfg(cfg),
         **{**saved, **kwargs},
     )
 
 
-def _build(source: Dict[str, Any], backbone_args: Dict[str, Any], pretrained: bool, **kwargs: Any) -> nn.Module:
+def _build(source: dict[str, Any], backbone_args: dict[str, Any], pretrained: bool, **kwargs: Any) -> nn.Module:
     pruning = pop_pruning(kwargs)
     fields = {name: source[name] for name in SOURCE_FIELDS if name in source}
     vit = timm.create_model(pretrained=pretrained, **fields, **backbone_args, **kwargs)
@@ -203,7 +203,7 @@ def relevance_spot_vit_base_patch16_mae(
 ) -> RelevanceSubpixelVisionTransformer:
     """SPoT ViT-Base (SPoT-B/16) that drops placed tokens."""
     model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, init_values=1.0, global_pool='avg')
-    return _create_spot_vit(
+    return create_spot_vit(
         'relevance_spot_vit_base_patch16_mae', pretrained, model_cls=RelevanceSubpixelVisionTransformer,
         filter_fn=partial(relevance_filter_fn, fresh_predictors=_pop_fresh(kwargs)), **dict(model_args, **kwargs))
 
@@ -216,6 +216,6 @@ def relevance_spot_vit_pico_patch8_64(
     """SPoT ViT-Pico that drops placed tokens; its digit weights, trained predictors included, are inside."""
     model_args = dict(
         img_size=64, patch_size=8, embed_dim=128, depth=5, num_heads=4, init_values=1.0, global_pool='avg')
-    return _create_spot_vit(
+    return create_spot_vit(
         'relevance_spot_vit_pico_patch8_64', pretrained, model_cls=RelevanceSubpixelVisionTransformer,
         filter_fn=partial(relevance_filter_fn, fresh_predictors=_pop_fresh(kwargs)), **dict(model_args, **kwargs))

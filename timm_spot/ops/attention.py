@@ -8,14 +8,13 @@ registers), the other n are the image's.
 """
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from fractions import Fraction
 
 import torch
-
-from .compiling import known_int
 
 STATISTICS = 5  # for each head, see `attention_statistics`
 
@@ -150,7 +149,7 @@ def keep_shares(keep_rate: float, n_stages: int) -> tuple[tuple[int, int], ...]:
 
 def share_counts(n_tokens: int, shares: Sequence[tuple[int, int]]) -> list[int]:
     """Image tokens left of `n_tokens` at each of `keep_shares`: rounded half up, at least one."""
-    n_tokens = known_int(n_tokens)
+    n_tokens = operator.index(n_tokens)  # while torch.compile traces, sizes are symbols: a program for each count
     return [max(1, (2 * n_tokens * share + whole) // (2 * whole)) for share, whole in shares]
 
 
@@ -190,7 +189,7 @@ def gather_tokens(x: torch.Tensor, index: torch.Tensor, num_prefix_tokens: int) 
 def random_scores(n_tokens: int, seed: int) -> torch.Tensor:
     """Scores (n_tokens,), float32 on the CPU, the same at every call: all images of a batch lose the same tokens."""
     # Whatever the default dtype and device are just now: a compiled program keeps what is drawn here.
-    return torch.tensor(_draw_numbers(known_int(n_tokens), seed), dtype=torch.float32, device='cpu')
+    return torch.tensor(_draw_numbers(operator.index(n_tokens), seed), dtype=torch.float32, device='cpu')
 
 
 # Numbers, no tensor: `torch.compile` takes a constant tensor for one of changing shape when it meets the next.

@@ -25,8 +25,10 @@ from timm.models.vision_transformer import checkpoint_filter_fn as timm_filter_f
 from torch import nn
 
 from ...models.spot_checkpoint import FOLDED, checkpoint_filter_fn, rename_authors_key
+from ...models.spot_config import PROJECT_PAGE
 from ...models.spot_retrofit import check_patch_grid, retrofit_in_place
-from ...models.spot_vit import PROJECT_PAGE, SubpixelVisionTransformer, default_cfgs
+from ...models.spot_vit import SubpixelVisionTransformer
+from ...models.spot_zoo import default_cfgs
 from ...ops.samplers import sample_positions
 from .hub import save_folder
 

@@ -8,8 +8,6 @@ from typing import Callable, Tuple, Union
 import torch
 from torch import nn
 
-from ...ops.samplers import get_sampler
-
 TOLERANCE = 1e-4
 
 
@@ -43,10 +41,10 @@ def export_model(model: nn.Module, path: Union[str, Path], positions_as_input: b
     path = Path(path)
     if path.suffix not in ('.onnx', '.pt2'):
         raise ValueError(f"path={str(path)!r} must end in '.onnx' or '.pt2'.")
-    sampler = model.patch_embed.sampler
-    if 'saliency' in get_sampler(sampler).keywords and not positions_as_input:
+    prior = model.placer.prior
+    if prior.needs_saliency and not positions_as_input:
         raise ValueError(
-            f'sampler={sampler!r} places tokens by the image, which a file with a fixed placement cannot: export '
+            f'sampler={prior.sampler!r} places tokens by the image, which a file with a fixed placement cannot: export '
             'with positions_as_input=True, or choose another sampler.')
     inputs = _inputs(model, batch_size=2, n_tokens=model.n_tokens, positions_as_input=positions_as_input)
     write, read = (_write_onnx, _read_onnx) if path.suffix == '.onnx' else (_write_program, _read_program)

@@ -16,7 +16,8 @@ from timm.models import get_model_args, is_model, parse_model_name, resolve_mode
 from torch import nn
 
 from ...models._timm import update_model_args
-from ...models.spot_vit import PROJECT_PAGE, SubpixelVisionTransformer
+from ...models.spot_config import PROJECT_PAGE
+from ...models.spot_vit import SubpixelVisionTransformer
 
 FILES = ('model.safetensors', 'config.json', 'README.md')
 RESULTS = 'results.csv'
@@ -93,7 +94,8 @@ def model_card(model: SubpixelVisionTransformer, source: str, data: Optional[str
     tag = cfg.get('tag') or ''
     data = data or ', then '.join(_DATA[part] for part in tag.split('_') if part in _DATA) or 'not recorded'
     licence = cfg.get('license')
-    budget = f'{embed.n_tokens} tokens' if embed.n_tokens else 'as many tokens as the image has whole patches'
+    prior = model.placer.eval_prior
+    budget = f'{prior.n_tokens} tokens' if prior.n_tokens else 'as many tokens as the image has whole patches'
     task = 'image-classification' if model.num_classes else 'image-feature-extraction'
     retrofit = f'backbone={backbone!r}, ' if backbone else ''
     what = f'a subpixel Vision Transformer of {parameters / 1e6:.1f} M parameters'
@@ -116,7 +118,7 @@ grid ([SPoT]({PROJECT_PAGE})).
 * **Weights**: {source}
 * **Licence of the weights**: {licence or 'see their source'}
 * **Training data**: {data}
-* **Placement unless told otherwise**: sampler `{embed.sampler}`, {budget}; convention `{embed.convention}`
+* **Placement unless told otherwise**: sampler `{prior.sampler}`, {budget}; convention `{embed.convention}`
 * **Classes**: {model.num_classes or 'none, gives features'}
 
 ## Usage
