@@ -22,8 +22,8 @@ def vit():
 
 def tokens(*norms):
     """Two prefix tokens, larger than all others, and image tokens of these norms."""
-    x = torch.nn.functional.normalize(torch.randn(1, 2 + len(norms), 8, generator=torch.Generator().manual_seed(0)), dim=2)
-    return x * torch.tensor([100., 100., *norms])[:, None]
+    x = torch.randn(1, 2 + len(norms), 8, generator=torch.Generator().manual_seed(0))
+    return x / x.norm(dim=2, keepdim=True) * torch.tensor([100., 100., *norms])[:, None]
 
 
 @pytest.mark.parametrize('read, scorer, before', [
