@@ -65,7 +65,7 @@ class Prior:
 
     def __post_init__(self) -> None:
         if isinstance(self.n_tokens, (list, tuple)):
-            object.__setattr__(self, 'n_tokens', check_budgets(self.n_tokens))  # JSON and command lines give lists
+            object.__setattr__(self, 'n_tokens', check_budgets(self.n_tokens))
         elif self.n_tokens is not None:
             check_budgets(self.n_tokens)
         check_seed(self.seed)

@@ -18,7 +18,7 @@ from timm.models import VisionTransformer, checkpoint, checkpoint_seq
 from ..ops.normalization import Normalization
 from ..ops.samplers import lattice_shape
 from ..ops.windows import check_images
-from ._features import Intermediates, format_intermediates
+from ._features import Intermediates, format_intermediates, tokens_to_map
 from ._timm import feature_take_indices, update_model_args
 from .placement import Placer, get_placer
 from .spot_config import PLACEMENT_FIELDS, make_priors, merge_settings
@@ -265,7 +265,7 @@ class SubpixelVisionTransformer(VisionTransformer):
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NLC'.")
-        to_map = partial(_to_map, size=self._map_size(x, positions)) if output_fmt == 'NCHW' else None
+        to_map = partial(tokens_to_map, size=self._map_size(x, positions)) if output_fmt == 'NCHW' else None
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
 
         x = self._embed(x, positions)
@@ -311,11 +311,6 @@ class SubpixelVisionTransformer(VisionTransformer):
                 f"positions of shape {tuple(positions.shape)} form no lattice, so their tokens form no feature map: "
                 "use output_fmt='NLC'.")
         return shape
-
-
-def _to_map(tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Tokens (B, N, D) of a lattice of `size` rows and columns to a map (B, D, rows, columns)."""
-    return tokens.transpose(1, 2).unflatten(2, size).contiguous()
 
 
 def _place_images(model: SubpixelVisionTransformer, images: torch.Tensor) -> torch.Tensor:
