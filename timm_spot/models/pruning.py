@@ -87,14 +87,13 @@ class TokenPruning:
                     'its Attention.')
         self.plan = plan
         self.keep_rate = keep_rate
-        weight = self.blocks[0].attn.qkv.weight
-        self.predictors = nn.ModuleList([
-            RelevancePredictor(
-                self.embed_dim,
-                STATISTICS * sum(self.blocks[i].attn.num_heads for i in blocks),
-                device=weight.device,
-                dtype=weight.dtype,
-            ) for blocks in plan.read_before] if get_scorer(scorer).needs_training else [])
+        self.predictors = nn.ModuleList()
+        if get_scorer(scorer).needs_training:
+            weight = self.blocks[0].attn.qkv.weight
+            for blocks in plan.read_before:
+                num_statistics = STATISTICS * sum(self.blocks[i].attn.num_heads for i in blocks)
+                self.predictors.append(RelevancePredictor(
+                    self.embed_dim, num_statistics, device=weight.device, dtype=weight.dtype))
 
     @property
     def keep_rate(self) -> float:
