@@ -17,8 +17,14 @@ from PIL import Image
 
 import timm_spot
 from timm_spot.cli import main
-from timm_spot.tasks.evaluation.results import KEY, read_rows
+from timm_spot.tasks.evaluation.plan import plan_rows
+from timm_spot.tasks.evaluation.request import Knn, Request
+from timm_spot.tasks.evaluation.rows import KEY
+from timm_spot.tasks.evaluation.run import Run, open_folder
+from timm_spot.tasks.evaluation.run import evaluate as compute
+from timm_spot.tasks.pictures.datasets import Pictures
 from timm_spot.tasks.pictures.images import model_transform
+from timm_spot.tasks.processes import Processes
 from timm_spot.tasks.publishing.hub import add_results
 
 ROOT = Path(__file__).parents[3]
@@ -106,7 +112,7 @@ def test_a_line_cut_off_by_a_kill_is_computed_again(folder, saved, tmp_path):
     file.write_text(whole[:-30])
     evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS)
     assert file.read_text() == whole
-    assert len(read_rows(tmp_path / 'out' / 'speed.csv')) == 5  # the last one twice, the later one counts
+    assert (tmp_path / 'out' / 'speed.csv').read_text().count('\n') == 6  # the last one twice: the later one counts
 
 
 KNN = 5
@@ -275,7 +281,12 @@ def test_a_model_without_classifier_has_neighbours_only(folder, tmp_path):
 
 
 @pytest.mark.parametrize('arguments, says', [
-    (['--budgets', '9,x'], 'is no list of numbers'),
+    (['--budgets', '9,x'], 'budgets=x must be a whole number of at least 1'),
+    (['--budgets', '9,4097', '--samplers', 'uniform'], 'n_tokens=4097 exceeds the 64 x 64 pixels'),
+    (['--seeds', '0,-1'], 'seeds=-1 must be a whole number of at least 0'),
+    (['--device', 'cuda:99'], "device='cuda:99'"),
+    (['--oracle', 'isotopic'], "did you mean 'isotropic'"),
+    (['--knn', '{data}', '--knn-k', '31'], 'k=31 must lie between 1 and the 30 images'),
     (['--baselines', 'drop'], "unknown 'drop'"),
     (['--baselines', 'low-res', '--budgets', '24'], 'n_tokens=24 is no patch grid'),
     (['--budgets', '9,100'], "n_tokens=100 exceeds the 8 x 8 patches that sampler 'grid' finds"),
@@ -283,20 +294,20 @@ def test_a_model_without_classifier_has_neighbours_only(folder, tmp_path):
     (['--model', 'resnet1'], 'unknown model resnet1'),
     (['--saliency', 'nowhere'], "saliency='nowhere'"),
     (['--scorers', 'norm,cls'], "scorers=norm,cls has the unknown 'cls': relevance, random, norm"),
-    (['--scorers', 'norm', '--keep-rates', '0.5,0'], 'keep_rate=0.0 must be greater than 0 and at most 1'),
-    (['--scorers', 'norm', '--keep-rates', '0.5,half'], 'is no list of numbers'),
+    (['--scorers', 'norm', '--keep-rates', '0.5,0'], 'keep_rates=0 must be a number above 0 and at most 1'),
+    (['--scorers', 'norm', '--keep-rates', '0.5,half'], 'keep_rates=half must be a number'),
     (['--scorers', 'relevance'], "'relevance' needs trained predictors"),
     (['--keep-rates', '0.5'], 'keep_rates=0.5 need scorers'),
 ])
 def test_errors_come_before_any_work(folder, saved, tmp_path, arguments, says):
-    result = evaluate(folder, saved, tmp_path / 'out', *arguments)
+    result = evaluate(folder, saved, tmp_path / 'out', *(a.format(data=folder) for a in arguments))
     assert result.exit_code != 0 and says in result.output, result.output
-    assert not (tmp_path / 'out' / 'decoded').exists()
+    assert not (tmp_path / 'out').exists()
 
 
 def test_a_folder_that_cannot_be_written(folder, saved, tmp_path):
     (tmp_path / 'file').write_text('')
-    result = evaluate(folder, saved, tmp_path / 'file' / 'out')
+    result = evaluate(folder, saved, tmp_path / 'file' / 'out', *ARGUMENTS)
     assert result.exit_code == 1 and 'file' in result.output and 'Traceback' not in result.output
 
 
@@ -306,3 +317,141 @@ def test_the_key_says_it_all(folder, saved, tmp_path):
     assert list(row)[:len(KEY)] == list(KEY)
     result = evaluate(folder, saved, tmp_path / 'out', '--samplers', 'grid', '--budgets', '4', '--amp', 'bfloat16')
     assert '1 rows computed, 0 found' in result.output
+
+
+ONE = ('--samplers', 'grid', '--budgets', '4')
+ALONE = Processes(0, 1, torch.device('cpu'))
+
+
+def test_a_second_run_into_a_folder_is_refused_and_told_who_holds_it(folder, saved, tmp_path):
+    with open_folder(tmp_path / 'out', ALONE):
+        (tmp_path / 'out' / 'decoded').mkdir()
+        result = evaluate(folder, saved, tmp_path / 'out', *ONE)
+        assert result.exit_code == 1 and 'another run writes to' in result.output
+        assert f'process {os.getpid()} on' in result.output
+        assert (tmp_path / 'out' / 'decoded').exists() and not (tmp_path / 'out' / 'results.csv').exists()
+    assert evaluate(folder, saved, tmp_path / 'out', *ONE).exit_code == 0
+
+
+def test_what_killed_runs_left_goes_at_the_next_run(folder, saved, tmp_path):
+    out = tmp_path / 'out'
+    evaluate(folder, saved, out, *ONE)
+    files = sorted(path.name for path in out.iterdir())
+    (out / 'decoded' / '0123').mkdir(parents=True)
+    (out / '.results.99.tmp.md').write_text('half of a')
+    result = evaluate(folder, saved, out, *ONE)
+    assert '0 rows computed, 1 found' in result.output
+    assert sorted(path.name for path in out.iterdir()) == files
+    assert files == ['report.html', 'results.csv', 'results.md', 'speed.csv']
+
+
+def test_a_run_that_fails_keeps_what_it_decoded(folder, saved, tmp_path):
+    (folder / '9' / '2.png').write_text('no picture')
+    result = evaluate(folder, saved, tmp_path / 'out', *ONE, '--batch-size', '7')
+    assert result.exit_code == 1 and '9/2.png' in result.output
+    assert list((tmp_path / 'out' / 'decoded').rglob('*.safetensors'))
+
+
+def test_a_torn_speed_is_named_and_its_row_still_reported(folder, saved, tmp_path):
+    out = tmp_path / 'out'
+    evaluate(folder, saved, out, *ARGUMENTS)
+    lines = (out / 'speed.csv').read_text().splitlines(keepends=True)
+    (out / 'speed.csv').write_text(''.join(lines[:2]) + lines[2][:20])
+    result = evaluate(folder, saved, out, *ARGUMENTS)
+    assert result.exit_code == 0 and '0 rows computed, 4 found' in result.output, result.output
+    assert 'speed.csv, line 3, was left unfinished' in result.output
+    assert 'speed.csv lacks 3 of 4 rows' in result.output
+    assert len((out / 'speed.csv').read_text().splitlines()) == 2
+
+
+def test_results_of_version_0_1_are_continued(folder, saved, tmp_path):
+    out = tmp_path / 'out'
+    evaluate(folder, saved, out, *ARGUMENTS)
+    for name in ('results.csv', 'speed.csv'):  # as version 0.1 wrote them
+        found = list(csv.DictReader((out / name).read_text().splitlines()))
+        old = [{k: v for k, v in row.items() if k not in ('kind', 'settings')} for row in found]
+        with (out / name).open('w', newline='') as file:
+            writer = csv.DictWriter(file, old[0], lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(old)
+    result = evaluate(folder, saved, out, *ARGUMENTS, '--samplers', 'grid,center')
+    assert '2 rows computed, 2 found' in result.output, result.output
+    assert [row['kind'] for row in rows(out)] == ['sampler'] * 6
+    assert [bool(row['settings']) for row in rows(out)] == [False] * 4 + [True] * 2
+
+
+def plan(model, data, **request):
+    return plan_rows({'model': model}, Pictures(str(data)), Request(**request))
+
+
+def test_what_determines_a_row_is_in_its_key(folder, tmp_path):
+    def planned(labelled='', **keywords):
+        torch.manual_seed(0)
+        model = timm.create_model('spot_vit_pico_patch8_64', **SMALL, **keywords).eval()
+        return plan(model, folder, samplers=('isotropic',), budgets=(4,), labelled=labelled)[0].row
+
+    base = planned()
+    assert planned() == base
+    same_weights = [planned(labelled='another map'), planned(act_layer='relu')]
+    assert all(row.weights == base.weights and row != base for row in same_weights)
+    spot = planned(convention='spot')
+    assert spot != base
+
+
+def test_a_local_model_of_another_convention_has_rows_of_its_own(folder, saved, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model('spot_vit_pico_patch8_64', pos_nodes=8, **SMALL).eval()
+    first, = plan(model, folder, samplers=('grid',), budgets=(4,))
+    model.patch_embed.convention = 'spot'
+    second, = plan(model, folder, samplers=('grid',), budgets=(4,))
+    assert first.row.weights == second.row.weights and first.row != second.row
+
+
+def test_maps_in_a_folder_are_part_of_the_key(folder, saved, tmp_path, pico):
+    maps = tmp_path / 'maps'
+    maps.mkdir()
+    Image.new('L', (8, 8), 255).save(maps / '0.png')
+    asked = dict(samplers=('salient', 'grid'), budgets=(4,), saliency=str(maps))
+    salient, grid = plan(pico, folder, **asked)
+    Image.new('L', (9, 9), 255).save(maps / '0.png')
+    changed, same = plan(pico, folder, **asked)
+    assert changed.row != salient.row and same.row == grid.row
+
+
+def test_a_row_asked_for_twice_is_one_row(folder, pico):
+    assert len(plan(pico, folder, samplers=('grid', 'grid'), budgets=(4, 4))) == 1
+
+
+def test_the_head_runs_once_for_each_picture(folder, tmp_path, pico):
+    train = Pictures(str(folder))
+    planned = plan_rows({'pico': pico}, train, Request(
+        samplers=('grid',), budgets=(4,), knn=Knn(train, k=1)))
+    seen = []
+    pico.head.register_forward_hook(lambda module, given, logits: seen.append(len(logits)))
+    with open_folder(tmp_path / 'out', ALONE):
+        compute(planned, train, Run(tmp_path / 'out', ALONE, Knn(train, k=1), batch_size=10))
+    assert sorted(seen) == [1, 10, 10, 10]  # the one by which operations are counted; none for the bank
+
+
+def test_shared_models_stay_as_they_are(folder, tmp_path, pico):
+    sparse = timm_spot.sparsify(pico, 0.6, scorer='norm').eval()
+    torch.manual_seed(0)
+    dht = timm.create_model('dht_vit_pico_patch8_64', embed_dim=32, depth=1, n_tokens=7).eval()
+    data = Pictures(str(folder))
+    planned = plan_rows({'sparse': sparse, 'dht': dht}, data, Request(
+        samplers=('grid',), budgets=(4, 9)))
+    with open_folder(tmp_path / 'out', ALONE):
+        compute(planned, data, Run(tmp_path / 'out', ALONE))
+    assert (sparse.keep_rate, sparse.scorer, dht.n_tokens) == (0.6, 'norm', 7)
+    scored = plan_rows({'sparse': sparse}, data, Request(
+        samplers=('grid',), budgets=(9,), scorers=('random',), keep_rates=(0.5,), seeds=(3, 4)))
+    one, two = (scored[0].model_at(seed) for seed in (3, 4))
+    assert (one.scorer_seed, two.scorer_seed, one.keep_rate) == (3, 4, 0.5)
+    assert one.head.weight is two.head.weight
+
+
+def test_no_picture_that_can_be_read(folder, saved, tmp_path):
+    for file in folder.rglob('*.png'):
+        file.write_text('no picture')
+    result = evaluate(folder, saved, tmp_path / 'out', *ONE, '--skip-broken')
+    assert result.exit_code == 1 and 'can be read' in result.output and 'Traceback' not in result.output
