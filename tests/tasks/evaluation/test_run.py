@@ -380,48 +380,6 @@ def test_results_of_version_0_1_are_continued(folder, saved, tmp_path):
     assert [bool(row['settings']) for row in rows(out)] == [False] * 4 + [True] * 2
 
 
-def plan(model, data, **request):
-    return plan_rows({'model': model}, Pictures(str(data)), Request(**request))
-
-
-def test_what_determines_a_row_is_in_its_key(folder, tmp_path):
-    def planned(labelled='', **keywords):
-        torch.manual_seed(0)
-        model = timm.create_model('spot_vit_pico_patch8_64', **SMALL, **keywords).eval()
-        return plan(model, folder, samplers=('isotropic',), budgets=(4,), labelled=labelled)[0].row
-
-    base = planned()
-    assert planned() == base
-    same_weights = [planned(labelled='another map'), planned(act_layer='relu')]
-    assert all(row.weights == base.weights and row != base for row in same_weights)
-    spot = planned(convention='spot')
-    assert spot != base
-
-
-def test_a_local_model_of_another_convention_has_rows_of_its_own(folder, saved, tmp_path):
-    torch.manual_seed(0)
-    model = timm.create_model('spot_vit_pico_patch8_64', pos_nodes=8, **SMALL).eval()
-    first, = plan(model, folder, samplers=('grid',), budgets=(4,))
-    model.patch_embed.convention = 'spot'
-    second, = plan(model, folder, samplers=('grid',), budgets=(4,))
-    assert first.row.weights == second.row.weights and first.row != second.row
-
-
-def test_maps_in_a_folder_are_part_of_the_key(folder, saved, tmp_path, pico):
-    maps = tmp_path / 'maps'
-    maps.mkdir()
-    Image.new('L', (8, 8), 255).save(maps / '0.png')
-    asked = dict(samplers=('salient', 'grid'), budgets=(4,), saliency=str(maps))
-    salient, grid = plan(pico, folder, **asked)
-    Image.new('L', (9, 9), 255).save(maps / '0.png')
-    changed, same = plan(pico, folder, **asked)
-    assert changed.row != salient.row and same.row == grid.row
-
-
-def test_a_row_asked_for_twice_is_one_row(folder, pico):
-    assert len(plan(pico, folder, samplers=('grid', 'grid'), budgets=(4, 4))) == 1
-
-
 def test_the_head_runs_once_for_each_picture(folder, tmp_path, pico):
     train = Pictures(str(folder))
     planned = plan_rows({'pico': pico}, train, Request(
