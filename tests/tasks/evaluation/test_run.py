@@ -210,19 +210,6 @@ def test_scorers_and_keep_rates_agree_with_a_count_of_our_own(folder, saved_vit,
     assert '| scorer | keep 1.0: top-1 | keep 0.5: top-1 |' in table and '| relevance, 64 as it is |' in table
 
 
-@pytest.mark.parametrize('scorers, model', [
-    ('relevance,cls-attention,random', 'relevance_spot_vit_pico_patch8_64'),
-    ('random', 'spot_vit_pico_patch8_64'),
-])
-def test_the_default_model_has_the_scorer(tmp_path, monkeypatch, scorers, model):
-    def stop(name):
-        raise ValueError(f'asked for {name}')
-
-    monkeypatch.setattr('timm_spot.cli.evaluate.create_any_model', stop)
-    result = CliRunner().invoke(main, ['evaluate', '--scorers', scorers, '--out', str(tmp_path)])
-    assert f'asked for {model}\n' in result.output
-
-
 def test_placed_tokens_are_dropped(folder, saved, tmp_path):
     scorers = ('--scorers', 'received-attention', '--keep-rates', '1,0.5')
     result = evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS, *scorers)
@@ -278,37 +265,6 @@ def test_a_model_without_classifier_has_neighbours_only(folder, tmp_path):
     assert result.exit_code == 0, result.output
     assert {(row['top1'], row['knn_top1']) for row in rows(tmp_path / 'out') if row['sampler'] == 'grid'} == {
         ('', '100.0000')}
-
-
-@pytest.mark.parametrize('arguments, says', [
-    (['--budgets', '9,x'], 'budgets=x must be a whole number of at least 1'),
-    (['--budgets', '9,4097', '--samplers', 'uniform'], 'n_tokens=4097 exceeds the 64 x 64 pixels'),
-    (['--seeds', '0,-1'], 'seeds=-1 must be a whole number of at least 0'),
-    (['--device', 'cuda:99'], "device='cuda:99'"),
-    (['--oracle', 'isotopic'], "did you mean 'isotropic'"),
-    (['--knn', '{data}', '--knn-k', '31'], 'k=31 must lie between 1 and the 30 images'),
-    (['--baselines', 'drop'], "unknown 'drop'"),
-    (['--baselines', 'low-res', '--budgets', '24'], 'n_tokens=24 is no patch grid'),
-    (['--budgets', '9,100'], "n_tokens=100 exceeds the 8 x 8 patches that sampler 'grid' finds"),
-    (['--samplers', 'isotopic'], "did you mean 'isotropic'"),
-    (['--model', 'resnet1'], 'unknown model resnet1'),
-    (['--saliency', 'nowhere'], "saliency='nowhere'"),
-    (['--scorers', 'norm,cls'], "scorers=norm,cls has the unknown 'cls': relevance, random, norm"),
-    (['--scorers', 'norm', '--keep-rates', '0.5,0'], 'keep_rates=0 must be a number above 0 and at most 1'),
-    (['--scorers', 'norm', '--keep-rates', '0.5,half'], 'keep_rates=half must be a number'),
-    (['--scorers', 'relevance'], "'relevance' needs trained predictors"),
-    (['--keep-rates', '0.5'], 'keep_rates=0.5 need scorers'),
-])
-def test_errors_come_before_any_work(folder, saved, tmp_path, arguments, says):
-    result = evaluate(folder, saved, tmp_path / 'out', *(a.format(data=folder) for a in arguments))
-    assert result.exit_code != 0 and says in result.output, result.output
-    assert not (tmp_path / 'out').exists()
-
-
-def test_a_folder_that_cannot_be_written(folder, saved, tmp_path):
-    (tmp_path / 'file').write_text('')
-    result = evaluate(folder, saved, tmp_path / 'file' / 'out', *ARGUMENTS)
-    assert result.exit_code == 1 and 'file' in result.output and 'Traceback' not in result.output
 
 
 def test_the_key_says_it_all(folder, saved, tmp_path):
