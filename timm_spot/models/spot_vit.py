@@ -289,8 +289,8 @@ class SubpixelVisionTransformer(VisionTransformer):
         placer = self.placer
         if self.training and placer.train_prior.draws_budget:
             raise ValueError(
-                f"n_tokens={placer.train_prior.n_tokens} draws a budget for each training batch, no feature map is known "
-                "before: use output_fmt='NLC'.")
+                f"n_tokens={placer.train_prior.n_tokens} draws a budget for each training batch, no feature map is "
+                "known before: use output_fmt='NLC'.")
         shape = placer.lattice(image_size)
         if shape is None:
             raise ValueError(
