@@ -12,7 +12,6 @@ from ...models.pruning_vit import sparsify
 from ...ops.attention import check_keep_rate
 
 KEEP_RATES = (1., 0.9, 0.7, 0.5)
-COLUMNS = ('scorer', 'keep_rate', 'stages')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +21,6 @@ class Pruning:
     model: TokenPruning
     scorer: str
     keep_rate: float
-
-    @property
-    def key(self) -> dict[str, str]:
-        """Values of `COLUMNS`."""
-        stages = ' '.join(map(str, self.model.stages))
-        return dict(scorer=self.scorer, keep_rate=str(float(self.keep_rate)), stages=stages)
 
     @property
     def stochastic(self) -> bool:
