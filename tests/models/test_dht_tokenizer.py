@@ -107,7 +107,8 @@ def test_a_side_that_is_no_multiple_of_four(released):
     """Pixel features are those of the image padded by replication, inside its true area."""
     image = load('released_50x67')[0]['image']
     padded = torch.nn.functional.pad(image, (0, 1, 0, 2), mode='replicate')
-    torch.testing.assert_close(released.conv(image), released.conv(padded)[..., :50, :67], atol=1e-6, rtol=0)
+    # Convolutions of another shape, in float32 and of values about 1.
+    torch.testing.assert_close(released.conv(image), released.conv(padded)[..., :50, :67], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

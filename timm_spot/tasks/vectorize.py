@@ -187,17 +187,20 @@ class RasterToVector(nn.Module):
         return vectorize(images, self.tokenizer, **self.options)
 
 
+def to_input(picture: Image.Image, max_side: int | None = None) -> torch.Tensor:
+    """A picture as a normalised batch (1, 3, H, W), shrunk where its longer side exceeds `max_side`."""
+    if max_side is not None and max(picture.size) > max_side:
+        picture = picture.copy()
+        picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    return IMAGENET(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None])
+
+
 def read_picture(path: Path, max_side: int | None = None) -> torch.Tensor:
-    """Read one picture as a normalised batch (1, 3, H, W), shrunk where its longer side exceeds `max_side`.
+    """Read one picture, see `to_input`.
 
     Raises:
         ValueError: The file is no picture, or is damaged; names the file.
     """
     from .pictures.images import load_image
 
-    def transform(image: Image.Image) -> torch.Tensor:
-        if max_side is not None and max(image.size) > max_side:
-            image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-        return IMAGENET(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])
-
-    return load_image(path, transform)
+    return load_image(path, lambda picture: to_input(picture, max_side))
