@@ -118,7 +118,7 @@ def check_budgets(n_tokens: int | Sequence[int]) -> tuple[int, int]:
         TypeError: Not a whole number, nor two.
         ValueError: A budget below 1, or the first above the second.
     """
-    if isinstance(n_tokens, int) or not isinstance(n_tokens, (tuple, list)):
+    if not isinstance(n_tokens, Sequence) or isinstance(n_tokens, str):
         check_n_tokens(n_tokens)
         return n_tokens, n_tokens
     if len(n_tokens) != 2:

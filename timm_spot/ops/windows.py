@@ -11,7 +11,6 @@ with origin and spacing set by the convention, see `sample_windows`.
 from __future__ import annotations
 
 import torch
-from torch.jit import is_tracing  # type: ignore[attr-defined]  # in a trace, as torch's older ONNX export makes
 
 from .bilinear import patch_windows, read_lattice, symmetric_windows, transformed
 
@@ -61,7 +60,7 @@ def check_positions(positions: torch.Tensor, images: torch.Tensor) -> None:
     if positions.device != images.device:
         raise ValueError(f'positions are on {positions.device}, images on {images.device}: move one to the other.')
     # Values cannot be looked at on the meta device, in a graph that is captured, or under torch.func.
-    if positions.is_meta or torch.compiler.is_compiling() or is_tracing() or transformed():
+    if positions.is_meta or torch.compiler.is_compiling() or torch._C._is_tracing() or transformed():
         return
     near = (positions.detach() - 0.5).abs() <= 0.5 + _FARTHEST  # NaN is not
     if not near.all():
