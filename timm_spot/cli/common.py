@@ -14,6 +14,7 @@ from torch import nn
 
 import timm_spot
 
+from ..models.loading import create_checked
 from ..tasks.pictures.saliency_maps import choose_prior
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def create_any_model(name: str, weights: Optional[str] = None, **kwargs: Any) ->
         hint = f" Did you mean {' or '.join(close)}?" if close else ''
         raise ValueError(f'unknown model {name}.{hint} `timm-spot models` lists them all.')
     overlay = dict(file=weights) if weights else None
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+    return create_checked(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
 
 
 def create_model(name: str, weights: Optional[str] = None, **kwargs: Any) -> nn.Module:

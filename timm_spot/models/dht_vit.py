@@ -17,7 +17,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
 from timm.models import (
     PretrainedCfg,
-    build_model_with_cfg,
     checkpoint,
     generate_default_cfgs,
     get_pretrained_cfg,
@@ -32,7 +31,7 @@ from ._timm import feature_take_indices, update_model_args
 from .dht_checkpoint import checkpoint_filter_fn
 from .dht_embed import HierarchicalEmbed
 from .dht_tokenizer import Regions
-from .download import check_source
+from .loading import build_checked
 
 __all__ = ['DhtVisionTransformer', 'TokenFeatures']
 
@@ -302,9 +301,8 @@ def _create_dht_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> Dh
             raise RuntimeError(
                 f'{name} has no pretrained weights (the authors have published no classifier): use pretrained=False, '
                 'or pretrained_cfg_overlay=dict(file=PATH), on the command line --weights PATH.')
-        check_source(cfg, kwargs.get('cache_dir'))
     out_indices = kwargs.pop('out_indices', 3)
-    return build_model_with_cfg(
+    return build_checked(
         DhtVisionTransformer,
         variant,
         pretrained,

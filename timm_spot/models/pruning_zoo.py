@@ -9,25 +9,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional
 
-import timm
 import torch
 from timm.models import (
     PretrainedCfg,
-    build_model_with_cfg,
     generate_default_cfgs,
     get_pretrained_cfg,
     register_model,
-    resolve_model_input_args,
     resolve_pretrained_cfg,
 )
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from .download import check_source
+from .loading import build_checked, resolve_checked
 from .pruning import pop_pruning
 from .pruning_vit import RelevanceSubpixelVisionTransformer, RelevanceVisionTransformer, sparsify_in_place
 from .spot_checkpoint import checkpoint_filter_fn
-from .spot_retrofit import SOURCE_FIELDS, backbone_cfg
+from .spot_retrofit import SOURCE_FIELDS, backbone_cfg, build_backbone
 from .spot_vit import (
     _TIMM_FIELDS,
     SpotPretrainedCfg,
@@ -80,9 +77,7 @@ def _create_relevance_vit(
 ) -> nn.Module:
     overlay = kwargs.pop('pretrained_cfg_overlay', None)
     cfg = resolve_pretrained_cfg(variant, kwargs.pop('pretrained_cfg', None), overlay)
-    if pretrained:
-        check_source(cfg, kwargs.get('cache_dir'))
-    return build_model_with_cfg(
+    return build_checked(
         model_cls,
         variant,
         pretrained,
@@ -109,12 +104,10 @@ def relevance_vit(
     cache_dir = kwargs.get('cache_dir')
     cfg = _resolve_cfg(
         'relevance_vit', kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
-    source = resolve_model_input_args(backbone, cache_dir=cache_dir)
+    source = resolve_checked(backbone, cache_dir)
     own_weights = bool(cfg.has_weights or cfg.state_dict)
     if not own_weights:
         cfg = backbone_cfg('relevance_vit', cfg, source['pretrained_cfg'])
-        if pretrained:
-            check_source(cfg, cache_dir)
     saved = {name: value for name, value in source.items() if name not in SOURCE_FIELDS}
     return _create_relevance_vit(
         'relevance_vit',
@@ -128,9 +121,7 @@ def relevance_vit(
 
 def _build(source: Dict[str, Any], backbone_args: Dict[str, Any], pretrained: bool, **kwargs: Any) -> nn.Module:
     pruning = pop_pruning(kwargs)
-    fields = {name: source[name] for name in SOURCE_FIELDS if name in source}
-    vit = timm.create_model(pretrained=pretrained, **fields, **backbone_args, **kwargs)
-    return sparsify_in_place(vit, **pruning)
+    return sparsify_in_place(build_backbone(source, pretrained, **backbone_args, **kwargs), **pruning)
 
 
 @register_model

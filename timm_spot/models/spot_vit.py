@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
-from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
-    build_model_with_cfg,
     checkpoint,
     checkpoint_seq,
     generate_default_cfgs,
@@ -32,7 +30,7 @@ from torch import nn
 
 from ..ops.samplers import lattice_shape
 from ._features import Intermediates, format_intermediates
-from .download import check_source
+from .loading import build_checked
 from .spot_checkpoint import checkpoint_filter_fn
 from .subpixel_embed import Saliency, SubpixelEmbed
 
@@ -377,7 +375,6 @@ def _create_spot_vit(
             cfg = dataclasses.replace(cfg, hf_hub_id=f'{org}/{variant}.{cfg.tag}')
         if not (cfg.has_weights or cfg.state_dict):
             raise RuntimeError(_no_weights_message(variant, cfg))
-        check_source(cfg, kwargs.get('cache_dir'))
 
     # Lowest to highest: the config, the model arguments saved beside it, the overlay, keywords.
     saved = kwargs.get('pretrained_model_args') or {}
@@ -394,19 +391,16 @@ def _create_spot_vit(
     kwargs.update(placement)
 
     out_indices = kwargs.pop('out_indices', 3)
-    try:
-        model = build_model_with_cfg(
-            model_cls,
-            variant,
-            pretrained,
-            # timm's loaders of saved configs know no fields but their own: the placement is saved as model arguments.
-            pretrained_cfg=PretrainedCfg(**{name: getattr(cfg, name) for name in _TIMM_FIELDS}),
-            pretrained_filter_fn=filter_fn,
-            feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-            **kwargs,
-        )
-    except SafetensorError as e:
-        raise ValueError(f'{cfg.file or cfg.hf_hub_id} is damaged: {e}.') from e
+    model = build_checked(
+        model_cls,
+        variant,
+        pretrained,
+        # timm's loaders of saved configs know no fields but their own: the placement is saved as model arguments.
+        pretrained_cfg=PretrainedCfg(**{name: getattr(cfg, name) for name in _TIMM_FIELDS}),
+        pretrained_filter_fn=filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )
     update_model_args(model, **placement)
     inner = getattr(model, 'model', model)  # features_only=True wraps it
     inner.patch_embed.set_normalization(cfg.mean, cfg.std)

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import nn
 
 from ...models.attention_saliency import attention_saliency
+from ...models.loading import create_checked
 from ...ops.saliency import normalize_saliency, spectral_residual
 from ...ops.samplers import get_sampler
 
@@ -125,7 +125,7 @@ def saliency_source(source: str, model: nn.Module, transform: Callable[[Image.Im
         return lambda images, paths: spectral_residual(images)
     kind, _, name = source.partition(':')
     if kind == 'attention':
-        vit = timm.create_model(name, pretrained=True).eval()
+        vit = create_checked(name, pretrained=True).eval()
         ours, its = resolve_model_data_config(model), resolve_model_data_config(vit)
 
         def attend(images: torch.Tensor, paths: Sequence[Union[str, Path]]) -> torch.Tensor:
