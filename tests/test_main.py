@@ -12,7 +12,7 @@ import sys, timm, helper
 from timm.models import resolve_model_input_args
 arguments = resolve_model_input_args(sys.argv[1], {}, n_tokens=int(sys.argv[2]) if len(sys.argv) > 2 else None)
 model = timm.create_model(**arguments)
-print(__name__, helper.VALUE, model.n_tokens, model.patch_embed.sampler)
+print(__name__, helper.VALUE, model.n_tokens, model.placer.prior.sampler)
 """
 
 

@@ -13,6 +13,10 @@ from .models.attention_saliency import attention_saliency as attention_saliency
 from .models.dht_segmenter import DhtSegmenter as DhtSegmenter
 from .models.dht_tokenizer import HierarchicalTokenizer as HierarchicalTokenizer
 from .models.dht_tokenizer import Regions as Regions
+from .models.placement import Placer as Placer
+from .models.placement import Prior as Prior
+from .models.placement import list_placers as list_placers
+from .models.placement import register_placer as register_placer
 from .models.pruning_vit import sparsify as sparsify
 from .models.spot_retrofit import retrofit as retrofit
 from .ops.saliency import spectral_residual as spectral_residual

@@ -134,7 +134,7 @@ def test_saved_config_reads_in_timm_s_scripts(tmp_path):
 
 
 def placement_of(model):
-    return model.n_tokens, model.patch_embed.sampler
+    return model.n_tokens, model.placer.eval_prior.sampler
 
 
 def test_priority_of_the_sources(tmp_path):

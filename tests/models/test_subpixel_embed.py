@@ -8,6 +8,7 @@ from timm.layers import PatchEmbed
 
 import timm_spot
 from timm_spot.models import SubpixelEmbed
+from timm_spot.models.subpixel_embed import WindowProjection
 
 
 def test_golden_tokens(golden):
@@ -24,101 +25,22 @@ def test_golden_tokens(golden):
 
 @pytest.mark.parametrize('size', [(64, 64), (48, 80), (50, 71)])
 def test_grid_equals_timm_s_patch_embed(size):
-    embed = SubpixelEmbed(patch_size=8, embed_dim=32, sampler='grid')
+    embed = SubpixelEmbed(patch_size=8, embed_dim=32)
     patch_embed = PatchEmbed(img_size=size, patch_size=8, embed_dim=32)
     patch_embed.proj = embed.proj
     torch.nn.init.zeros_(embed.pos_proj.weight)
     images = torch.randn(2, 3, *size)
-    torch.testing.assert_close(embed(images), patch_embed(images), rtol=0, atol=1e-4)
-
-
-def test_budget_follows_the_image_unless_given():
-    embed = SubpixelEmbed(img_size=64, patch_size=8, embed_dim=16)
-    assert embed.num_patches == 64 and embed.grid_size == (8, 8)
-    assert embed(torch.rand(1, 3, 48, 81)).shape == (1, 60, 16)
-    embed.set_placement(n_tokens=7)
-    assert embed.num_patches == 7
-    assert embed(torch.rand(1, 3, 48, 81)).shape == (1, 7, 16)
-
-
-def test_eval_placement_is_one_draw_for_all():
-    embed = SubpixelEmbed(patch_size=8, embed_dim=16, n_tokens=5, sampler='uniform').eval()
-    images = torch.rand(3, 3, 32, 40)
-    placement = embed.place(images)
-    assert torch.equal(placement[0], placement[1])
-    assert torch.equal(placement, embed.place(images))
-    assert torch.equal(placement[:1], embed.place(images[2:]))
-    embed.set_placement(seed=1)
-    assert not torch.equal(placement, embed.place(images))
-
-
-@pytest.mark.parametrize('sampler', ['uniform', 'gaussian', 'sobol'])
-def test_train_placement_is_drawn_anew(sampler):
-    embed = SubpixelEmbed(patch_size=8, embed_dim=16, n_tokens=5, sampler=sampler).train()
-    images = torch.rand(2, 3, 32, 32)
-    torch.manual_seed(0)
-    first = embed.place(images)
-    assert not torch.equal(first[0], first[1])
-    assert not torch.equal(first, embed.place(images))
-    torch.manual_seed(0)
-    assert torch.equal(first, embed.place(images))
-
-
-def test_placement_drawn_in_inference_mode_serves_training():
-    embed = SubpixelEmbed(patch_size=8, embed_dim=16, n_tokens=11, sampler='isotropic')
-    with torch.inference_mode():
-        embed(torch.rand(1, 3, 33, 35))
-    embed(torch.rand(1, 3, 33, 35)).sum().backward()
-    assert embed.pos_proj.weight.grad is not None
-
-
-def test_saliency_of_a_model():
-    maps = torch.zeros(2, 32, 32)
-    maps[0, 3, 4] = maps[1, 20, 30] = 1
-    embed = SubpixelEmbed(patch_size=8, embed_dim=16, n_tokens=6, sampler='salient', saliency=maps).eval()
-    images = torch.rand(2, 3, 32, 32)
-    pixels = (embed.place(images) * 32).floor()
-    assert (pixels[0] == torch.tensor([3., 4.])).all() and (pixels[1] == torch.tensor([20., 30.])).all()
-
-    embed.set_placement(saliency=lambda x: x.mean(dim=1))
-    together = embed.place(images)
-    torch.testing.assert_close(together[1:], embed.place(images[1:]), rtol=0, atol=0)
-    assert not torch.equal(embed.train().place(images), together)
-    embed.set_placement(saliency='spectral_residual')
-    torch.testing.assert_close(embed.eval().place(images)[1:], embed.place(images[1:]), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="saliency='no such thing' is unknown"):
-        embed.set_placement(saliency='no such thing')
-    with pytest.raises(TypeError, match=r"saliency must be .* got 3\."):
-        embed.set_placement(saliency=3)
-    with pytest.raises(ValueError, match="needs a saliency map: pass saliency='spectral_residual'"):
-        SubpixelEmbed(patch_size=8, embed_dim=16, n_tokens=6, sampler='salient')
-
-
-def test_a_network_as_saliency_adds_no_weights_to_the_model():
-    embed = SubpixelEmbed(patch_size=8, embed_dim=16, n_tokens=6, sampler='salient', saliency=lambda x: x.mean(dim=1))
-    names = set(embed.state_dict())
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Softplus(), torch.nn.Flatten(1, 2))
-    embed.set_placement(saliency=network)
-    assert set(embed.state_dict()) == names
-    assert embed.saliency is network
-    assert embed.place(torch.rand(2, 3, 32, 32)).shape == (2, 6, 2)
-
-
-def test_saliency_of_another_batch_size_is_refused():
-    maps = torch.ones(2, 32, 32)
-    embed = SubpixelEmbed(patch_size=8, embed_dim=16, n_tokens=6, sampler='salient', saliency=maps).eval()
-    with pytest.raises(ValueError, match=r'saliency of shape \(2, 32, 32\) does not match a batch of 3 images'):
-        embed(torch.rand(3, 3, 32, 32))
+    grid = timm_spot.sample_positions('grid', (size[0] // 8) * (size[1] // 8), size, window=8)[0]
+    torch.testing.assert_close(embed(images, grid), patch_embed(images), rtol=0, atol=1e-4)
 
 
 def test_coordinates_stay_float32():
-    embed = SubpixelEmbed(patch_size=8, embed_dim=16, n_tokens=9)
-    images = torch.rand(1, 3, 64, 64)
-    exact = embed(images)
+    embed = SubpixelEmbed(patch_size=8, embed_dim=16)
+    images, positions = torch.rand(1, 3, 64, 64), timm_spot.sample_positions('isotropic', 9, (64, 64))
+    exact = embed(images, positions)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        torch.testing.assert_close(embed(images).float(), exact, rtol=0.02, atol=0.02)
-    assert embed.place(images.bfloat16()).dtype == torch.float32
-    low = embed.bfloat16()(images.bfloat16())
+        torch.testing.assert_close(embed(images, positions).float(), exact, rtol=0.02, atol=0.02)
+    low = embed.bfloat16()(images.bfloat16(), positions)
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), exact, rtol=0.03, atol=0.03)
 
@@ -131,26 +53,13 @@ def test_set_input_size_resamples_the_projection():
     embed.set_input_size(patch_size=8)
     assert embed.window == 8 and embed.num_patches == 144 and embed.proj.weight.shape == (16, 3, 8, 8)
     assert not embed.proj.weight.requires_grad and embed.proj.bias.requires_grad
-    assert embed(torch.rand(1, 3, 96, 96)).shape == (1, 144, 16)
+    assert embed(torch.rand(1, 3, 96, 96), torch.rand(7, 2)).shape == (1, 7, 16)
     with pytest.raises(ValueError, match="under convention='spot' the position feature is tied"):
         SubpixelEmbed(patch_size=16, embed_dim=16, convention='spot').set_input_size(patch_size=8)
 
 
-def test_map_size_of_the_sampler():
-    embed = SubpixelEmbed(patch_size=8, embed_dim=16, n_tokens=12)
-    assert embed.dynamic_feat_size((96, 128)) == (3, 4)
-    embed.set_placement(n_tokens=11)
-    with pytest.raises(ValueError, match=r"'isotropic' places 11 tokens on no lattice of .* 96 x 128 px.*'NLC'"):
-        embed.dynamic_feat_size((96, 128))
-    embed.set_placement(n_tokens=12, sampler='uniform')
-    with pytest.raises(ValueError, match="'uniform' places 12 tokens on no lattice"):
-        embed.dynamic_feat_size((96, 128))
-
-
 @pytest.mark.parametrize('kwargs, error, says', [
-    (dict(sampler='triangle'), ValueError, "sampler='triangle' is unknown"),
     (dict(convention='vit'), ValueError, "convention='vit' is unknown"),
-    (dict(n_tokens=0), ValueError, 'n_tokens=0'),
     (dict(patch_size=(16, 8)), ValueError, r'patch_size=\(16, 8\)'),
     (dict(convention='spot', pos_nodes=20), ValueError, r'pos_nodes=20 must equal the window \(16\)'),
     (dict(pos_nodes=1), ValueError, 'at least 2 nodes'),
@@ -158,12 +67,6 @@ def test_map_size_of_the_sampler():
 def test_bad_arguments(kwargs, error, says):
     with pytest.raises(error, match=says):
         SubpixelEmbed(embed_dim=16, **kwargs)
-
-
-def test_place_is_what_sample_positions_draws():
-    embed = SubpixelEmbed(patch_size=8, embed_dim=16, n_tokens=5, sampler='sobol', seed=3).eval()
-    expected = timm_spot.sample_positions('sobol', 5, (32, 40), generator=torch.Generator().manual_seed(3))
-    assert torch.equal(embed.place(torch.rand(1, 3, 32, 40)), expected)
 
 
 @settings(max_examples=40, deadline=None)
@@ -191,25 +94,24 @@ def test_uint8_images_at_the_sizes_of_a_base_model():
     embed.set_normalization((0.5,) * 3, (0.5,) * 3)
     images = torch.randint(256, (2, 3, 224, 224), dtype=torch.uint8)
     for n_tokens in (25, 196):  # by blocks, and by converting whole images
-        embed.set_placement(n_tokens=n_tokens)
-        torch.testing.assert_close(embed(images), embed(images / 127.5 - 1), rtol=0, atol=2e-4)
+        positions = timm_spot.sample_positions('isotropic', n_tokens, (224, 224))[0]
+        torch.testing.assert_close(embed(images, positions), embed(images / 127.5 - 1, positions), rtol=0, atol=2e-4)
 
 
 def test_uint8_images_need_a_known_normalisation():
-    embed = SubpixelEmbed(patch_size=8, embed_dim=16, n_tokens=4, in_chans=1)
-    image = torch.full((1, 1, 32, 32), 255, dtype=torch.uint8)
+    embed = SubpixelEmbed(patch_size=8, embed_dim=16, in_chans=1)
+    image, positions = torch.full((1, 1, 32, 32), 255, dtype=torch.uint8), torch.tensor([[0.25, 0.25], [0.5, 0.75]])
     with pytest.raises(TypeError, match=r'uint8.*set_normalization\(mean, std\)'):
-        embed(image)
+        embed(image, positions)
     embed.set_normalization((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))  # of colour images: the average
-    torch.testing.assert_close(embed(image), embed(torch.full((1, 1, 32, 32), 2.)))
+    torch.testing.assert_close(embed(image, positions), embed(torch.full((1, 1, 32, 32), 2.), positions))
 
 
 def test_shared_placement_gives_what_its_copies_give():
-    embed = SubpixelEmbed(patch_size=8, embed_dim=16, n_tokens=9)
+    embed = SubpixelEmbed(patch_size=8, embed_dim=16)
     images, position = torch.randn(3, 3, 64, 64), torch.rand(9, 2, requires_grad=True)
     copies = position.detach().repeat(3, 1, 1).requires_grad_()
     torch.testing.assert_close(embed(images, position), embed(images, copies))
-    torch.testing.assert_close(embed(images), embed(images, embed.place(images).clone()))
     shared, = torch.autograd.grad(embed(images, position).square().sum(), position)
     each, = torch.autograd.grad(embed(images, copies).square().sum(), copies)
     torch.testing.assert_close(shared, each.sum(dim=0), rtol=1e-4, atol=1e-3)
@@ -223,3 +125,24 @@ def test_gradient_of_an_expanded_placement_stays_with_each_image():
     actual, = torch.autograd.grad(embed(images, expanded).square().sum(), expanded)
     expected, = torch.autograd.grad(embed(images, copies).square().sum(), copies)
     torch.testing.assert_close(actual, expected)
+
+
+def test_the_projection_is_called_as_a_module():
+    """Its weight once was read past it: hooks, adapters and offloading had no effect and said nothing."""
+    embed = SubpixelEmbed(patch_size=8, embed_dim=16)
+    called = []
+    embed.proj.register_forward_hook(lambda module, inputs, output: called.append(output.shape) or 2 * output)
+    embed.pos_proj.register_forward_hook(lambda module, inputs, output: called.append(output.shape))
+    images, positions = torch.rand(2, 3, 32, 32), torch.rand(2, 5, 2)
+    doubled = embed(images, positions)
+    assert called == [(10, 16, 1, 1), (2, 5, 16)]
+    embed.proj._forward_hooks.clear()
+    torch.testing.assert_close(doubled - embed(images, positions), embed.proj(
+        timm_spot.sample_windows(images, positions, 8).flatten(0, 1)).view(2, 5, 16))
+
+
+def test_window_projection_is_the_convolution():
+    projection = WindowProjection(3, 16, kernel_size=8, stride=8)
+    windows = torch.randn(5, 3, 8, 8)
+    expected = torch.nn.functional.conv2d(windows, projection.weight, projection.bias, stride=8)
+    torch.testing.assert_close(projection(windows), expected, rtol=0, atol=1e-5)

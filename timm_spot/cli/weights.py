@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Optional
 
 import click
 
@@ -13,7 +12,7 @@ from .common import clean_errors, create_subpixel_model, main
 @click.argument('source')
 @click.argument('dest', type=click.Path(path_type=Path))
 @click.option('--model', help="timm's name of what the weights belong to, where SOURCE does not say.")
-def convert(source: str, dest: Path, model: Optional[str]) -> None:
+def convert(source: str, dest: Path, model: str | None) -> None:
     """Convert SOURCE into the folder DEST: safetensors, config.json, model card.
 
     SOURCE is the authors' .pth, a timm checkpoint (.pth, .pth.tar, .safetensors) of a subpixel ViT or of any ViT that
@@ -33,7 +32,7 @@ def convert(source: str, dest: Path, model: Optional[str]) -> None:
 @click.option('--weights', type=click.Path(), help="Checkpoint: timm_spot's, the authors' or a timm ViT's.")
 @click.option('--n-tokens', type=int, help='Budget; by default that of the model.')
 @click.option('--positions-as-input', is_flag=True, help='Let the placement (B, N, 2), of any budget, be an input.')
-def export(name: str, out: Path, weights: Optional[str], n_tokens: Optional[int], positions_as_input: bool) -> None:
+def export(name: str, out: Path, weights: str | None, n_tokens: int | None, positions_as_input: bool) -> None:
     """Write MODEL (name, hf-hub:ID or local-dir:PATH) as ONNX or as PyTorch's exported program.
 
     The batch is dynamic, the image size the model's own. What was written is loaded back and compared.
@@ -51,7 +50,7 @@ def export(name: str, out: Path, weights: Optional[str], n_tokens: Optional[int]
 @click.option('--private', is_flag=True, help='Make a new repository private.')
 @click.option('--revision', help='Branch to push to; made if there is none.')
 @click.option('--dry-run', is_flag=True, help='Check the folder and say what would be sent; send nothing.')
-def push(folder: Path, repo_id: str, private: bool, revision: Optional[str], dry_run: bool) -> None:
+def push(folder: Path, repo_id: str, private: bool, revision: str | None, dry_run: bool) -> None:
     """Publish FOLDER, as `timm-spot convert` writes it, on the Hugging Face Hub.
 
     Sends the weights (safetensors), config.json and the model card; with a results.csv in the folder the card shows

@@ -52,7 +52,8 @@ def attention_saliency(vit: nn.Module, images: torch.Tensor, block: int = -1) ->
         raise ValueError(f'images must have shape (B, C, H, W), got {tuple(images.shape)}.')
     H, W = images.shape[-2:]
     images = F.interpolate(images, _input_size(vit, H, W), mode='bicubic', antialias=True)
-    rows, columns = vit.patch_embed.dynamic_feat_size(images.shape[-2:])
+    lattice = vit.lattice if hasattr(vit, 'lattice') else vit.patch_embed.dynamic_feat_size
+    rows, columns = lattice(images.shape[-2:])
 
     attention = torch.stack(_record_attention(vit, images, block)).float().mean(dim=(0, 2))  # B L L
     maps = attention[:, 0, -rows * columns:].unflatten(1, (rows, columns))

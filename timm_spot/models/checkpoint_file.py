@@ -174,6 +174,10 @@ def _read_saved(path: Path) -> Any:
                 'safetensors.') from e
         if _looks_like_safetensors(path):
             raise ValueError(f'{path} is a safetensors file: give it the suffix .safetensors.') from e
+        if (protocol := _protocol(path, is_zip)) > 2:
+            raise ValueError(
+                f'{path} is pickled by protocol {protocol}, of which only plain values can be read without running code. '
+                'Save it as torch.save does by default (pickle_protocol=2), or as safetensors.') from e
         wrong = f'a damaged archive ({_reason(e)})' if is_zip and _reason(e) else _describe(path)
         raise ValueError(
             f"{path} cannot be read as a checkpoint: it is {wrong or 'cut off, damaged, or of another kind'}. "
@@ -231,6 +235,19 @@ def _describe(path: Path) -> str:
     if len(text) > 0.9 * len(start) and text.replace('\n', '').replace('\t', '').replace('\r', '').isprintable():
         return f'a text file that begins with {text.splitlines()[0][:60]!r}'
     return ''
+
+
+def _protocol(path: Path, is_zip: bool) -> int:
+    """Pickle protocol of a file of torch.save, 0 where it names none."""
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            name = next(n for n in archive.namelist() if n.rpartition('/')[2] == 'data.pkl')
+            with archive.open(name) as member:
+                start = member.read(2)
+    else:
+        with path.open('rb') as file:
+            start = file.read(2)
+    return start[1] if len(start) == 2 and start[:1] == b'\x80' and start[1] <= 5 else 0
 
 
 def _foreign_objects(path: Path, is_zip: bool, error: Exception) -> list[str]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..ops.regions.features import fit_histogram_weights
 from ._timm import update_model_args
-from .spot_checkpoint import adapt_tail, fold_prefix, split_table
+from .vit_checkpoint import NO_POSITIONS, adapt_tail, fold_prefix, split_table
 
 StateDict = Dict[str, torch.Tensor]
 
@@ -48,6 +48,11 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
         return state_dict
     if 'embedder.proj.weight' in state_dict:
         return _from_authors(state_dict, model)
+    own = [key for key in state_dict if key.startswith('patch_embed.tokenizer.')]
+    if own:
+        raise ValueError(
+            f"this checkpoint has {', '.join(own[:3])} and so is one of timm_spot's dHT models, but it lacks "
+            "'patch_embed.pixel_token'.")
     if 'patch_embed.proj.weight' in state_dict and 'patch_embed.pos_proj.weight' not in state_dict:
         return _from_vit(state_dict, model)
     raise ValueError(
@@ -127,16 +132,16 @@ def _from_vit(state_dict: StateDict, model: nn.Module) -> StateDict:
     target = model.state_dict()
     table = out.pop('pos_embed', None)
     if table is None:
-        out['patch_embed.pos_proj.weight'] = torch.zeros(target['patch_embed.pos_proj.weight'].shape)
-    else:
-        prefix, table = split_table(table, out, model, grid_weight)
-        fold_prefix(out, prefix)
-        out['patch_embed.pos_proj.weight'] = fit_histogram_weights(table, embed.pos_size, embed.pos_scale)
+        raise ValueError(NO_POSITIONS)
+    prefix, table = split_table(table, out, model, grid_weight)
+    fold_prefix(out, prefix)
+    out['patch_embed.pos_proj.weight'] = fit_histogram_weights(table, embed.pos_size, embed.pos_scale)
     if embed.grad_proj is not None:
         out['patch_embed.grad_proj.weight'] = torch.zeros(target['patch_embed.grad_proj.weight'].shape)
-    out.setdefault('patch_embed.proj.bias', torch.zeros(model.embed_dim))
+    if 'norm_pre.weight' in out:  # such a ViT projects without one
+        out.setdefault('patch_embed.proj.bias', torch.zeros(model.embed_dim))
     for key, value in target.items():
-        if key.startswith('patch_embed.'):
+        if key.startswith('patch_embed.') and not key.startswith('patch_embed.proj.'):
             out.setdefault(key, value)
     if 'norm_pre.weight' not in out and not isinstance(model.norm_pre, nn.Identity):
         model.norm_pre = nn.Identity()  # any norm would change what the ViT's blocks read

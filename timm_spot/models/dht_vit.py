@@ -31,6 +31,7 @@ from ._timm import feature_take_indices, update_model_args
 from .dht_checkpoint import checkpoint_filter_fn
 from .dht_embed import HierarchicalEmbed
 from .dht_tokenizer import Regions
+from .download import prefer_file
 from .loading import build_checked
 
 __all__ = ['DhtVisionTransformer', 'TokenFeatures']
@@ -294,7 +295,7 @@ default_cfgs = generate_default_cfgs({
 def _create_dht_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> DhtVisionTransformer:
     defaults = dict(pre_norm=True, init_values=0.1, norm_layer=partial(nn.LayerNorm, eps=1e-5))
     cfg = resolve_pretrained_cfg(
-        variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
+        variant, kwargs.pop('pretrained_cfg', None), prefer_file(kwargs.pop('pretrained_cfg_overlay', None)))
     if pretrained:
         if not (cfg.has_weights or cfg.state_dict):
             name = f'{variant}.{cfg.tag}' if cfg.tag else variant

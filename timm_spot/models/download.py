@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -32,7 +33,20 @@ from .checkpoint_file import find_tensors, read_checkpoint
 _INSTEAD = 'or give the weights as a file: --weights FILE, in Python pretrained_cfg_overlay=dict(file=FILE)'
 
 
-def check_source(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> PretrainedCfg:
+class CheckedSource(NamedTuple):
+    """Weights that were found and checked."""
+
+    cfg: PretrainedCfg  # with the file as the only place of the weights
+    keys: tuple[str, ...] = ()  # names of the tensors
+
+
+def prefer_file(overlay: dict[str, Any] | None) -> dict[str, Any]:
+    """A `pretrained_cfg_overlay` whose `file` counts; timm itself prefers the repository that a config came from."""
+    overlay = dict(overlay or {})
+    return {'source': None, **overlay} if overlay.get('file') else overlay
+
+
+def check_source(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> CheckedSource:
     """Make sure of the weights that a config names: that they are there, whole, as the Hub lists them, and usable.
 
     Args:
@@ -40,7 +54,7 @@ def check_source(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Pre
         cache_dir: Folder of the cache instead of the client's own.
 
     Returns:
-        The config with the file that was checked, downloaded or not, as the only place of the weights.
+        The config with the file that was checked, and the names of the tensors in it.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -50,8 +64,7 @@ def check_source(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Pre
     """
     source, location = resolve_pretrained_source(vars(cfg))
     if source == 'state_dict':
-        find_tensors(location, 'state_dict')
-        return cfg
+        return CheckedSource(cfg, tuple(find_tensors(location, 'state_dict')[0]))
     if source == 'hf-hub':
         file = download_weights(*([location] if isinstance(location, str) else location), cache_dir=cache_dir)
     elif source == 'local-dir':
@@ -61,17 +74,17 @@ def check_source(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Pre
     elif source == 'file':
         file = Path(location)
     else:
-        return cfg
+        return CheckedSource(cfg)
     if cfg.custom_load and (source in ('file', 'url') or cfg.custom_load == 'hf'):
         # A format of JAX, which the model's own loader reads.
-        return dataclasses.replace(cfg, file=str(file), source=None, custom_load=True)
+        return CheckedSource(dataclasses.replace(cfg, file=str(file), source=None, custom_load=True))
     try:
-        read_checkpoint(file)
+        keys = tuple(read_checkpoint(file).tensors)
     except ValueError as e:
         if source != 'hf-hub':
             raise
         raise ValueError(f'{file.name} of {cfg.hf_hub_id} on the Hugging Face Hub cannot be used: {e}') from e
-    return dataclasses.replace(cfg, file=str(file), source=None, custom_load=False)
+    return CheckedSource(dataclasses.replace(cfg, file=str(file), source=None, custom_load=False), keys)
 
 
 def download_weights(
@@ -156,7 +169,8 @@ def _fetch(repo: str, revision: str | None, name: str, cache_dir: str | Path | N
         return Path(hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir, library_name='timm_spot'))
     except Exception as e:  # whatever the client ends in, it is a failed download
         reason = next(iter(str(e).splitlines()), '') or type(e).__name__
-        raise OSError(f'{what}: the download from the Hugging Face Hub failed ({reason}). Try again, {_INSTEAD}.') from e
+        raise OSError(
+            f'{what}: the download from the Hugging Face Hub failed ({reason}). Try again, {_INSTEAD}.') from e
 
 
 def _verify(path: Path, listed: str | None, what: str) -> Path:

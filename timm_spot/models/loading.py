@@ -23,7 +23,7 @@ from timm.models import (
 from torch import nn
 
 from .checkpoint_file import StateDict, shorten
-from .download import check_source, download
+from .download import CheckedSource, check_source, download, prefer_file
 
 _SOURCE_FIELDS = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
 
@@ -34,6 +34,7 @@ def build_checked(
         pretrained: bool,
         pretrained_cfg: PretrainedCfg,
         pretrained_filter_fn: Callable[[StateDict, nn.Module], StateDict] | None = None,
+        checked: CheckedSource | None = None,
         **kwargs: Any,
 ) -> nn.Module:
     """`timm.models.build_model_with_cfg` that checks where the weights come from, and that they fill the model.
@@ -41,18 +42,23 @@ def build_checked(
     A caller asks for a fresh head by `num_classes=`, and for whatever else is missing by `pretrained_strict=False`;
     arguments that were saved beside the weights ask for nothing.
 
+    Args:
+        model_cls, variant, pretrained, pretrained_cfg, pretrained_filter_fn: As in timm.
+        checked: What `check_source` gave for the config, if it was asked before.
+        **kwargs: Of timm's function and of the model.
+
     Raises:
         ValueError: The file is no checkpoint, its weights are unusable or not those of the model.
         OSError: As `check_source`.
     """
     if not pretrained:
         return build_model_with_cfg(model_cls, variant, False, pretrained_cfg=pretrained_cfg, **kwargs)
-    checked = check_source(pretrained_cfg, kwargs.get('cache_dir'))
+    cfg, _ = checked or check_source(pretrained_cfg, kwargs.get('cache_dir'))
     saved = kwargs.get('pretrained_model_args') or {}
     asked = {k for k in ('num_classes', 'pretrained_strict') if k in kwargs and kwargs[k] != saved.get(k)}
     strict = kwargs.pop('pretrained_strict', True) or 'pretrained_strict' not in asked
     fresh_head = 'num_classes' in asked or kwargs.get('features_only', False)
-    where = 'state_dict' if checked.state_dict else str(checked.file)
+    where = 'state_dict' if cfg.state_dict else str(cfg.file)
 
     def filter_and_check(state_dict: StateDict, model: nn.Module) -> StateDict:
         if pretrained_filter_fn is not None:
@@ -64,7 +70,7 @@ def build_checked(
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='Detected pickle protocol')
         model = build_model_with_cfg(
-            model_cls, variant, True, pretrained_cfg=checked, pretrained_filter_fn=filter_and_check,
+            model_cls, variant, True, pretrained_cfg=cfg, pretrained_filter_fn=filter_and_check,
             pretrained_strict=False, **kwargs)  # by timm; it is by us
     _name_source(model, pretrained_cfg)
     return model
@@ -142,7 +148,7 @@ def create_checked(
 
     resolved = resolve_model_input_args(name, pretrained_cfg_overlay=overlay, **arguments)
     cfg = PretrainedCfg(**resolved['pretrained_cfg'])
-    checked = check_source(cfg, cache_dir)
+    checked = check_source(cfg, cache_dir).cfg
     if checked.file:
         overlay.update(file=checked.file, source=None, custom_load=checked.custom_load)
     try:
@@ -173,15 +179,13 @@ def _find_source(
         The architecture; a name for timm that needs no connection; the overlay, in which the place of the weights is
         named; the content of config.json, if there is one.
     """
-    overlay = dict(overlay or {})
+    overlay = prefer_file(overlay)
     source, location = parse_model_name(name)
     if source is None:
         return split_model_name_tag(location)[0], name, overlay, {}
     file = download(location, ['config.json'], cache_dir) if source == 'hf-hub' else Path(location) / 'config.json'
     config = read_config(file)
-    if overlay.get('file'):  # else timm prefers the repository
-        overlay.setdefault('source', None)
-    elif source == 'hf-hub':
+    if source == 'hf-hub' and not overlay.get('file'):
         overlay.update(source='hf-hub', hf_hub_id=location, file=None)
     return config['architecture'], f'local-dir:{file.parent}', overlay, config
 

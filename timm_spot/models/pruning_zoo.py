@@ -3,11 +3,12 @@
 Paper: `SPOT: SParsification with attentiOn dynamics via Token relevance in Vision Transformers` -
 https://arxiv.org/abs/2511.10488
 """
-# No postponed annotations in this file: timm's registry reads those of entrypoints.
+from __future__ import annotations
+
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, Optional, Sequence
 
 import torch
 from timm.models import (
@@ -20,25 +21,25 @@ from timm.models import (
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
+from .download import prefer_file
 from .loading import build_checked, resolve_checked
 from .pruning import pop_pruning
 from .pruning_vit import RelevanceSubpixelVisionTransformer, RelevanceVisionTransformer, sparsify_in_place
 from .spot_checkpoint import checkpoint_filter_fn
+from .spot_config import SpotPretrainedCfg, cfg_from_timm, resolve_cfg, timm_cfg
 from .spot_retrofit import SOURCE_FIELDS, backbone_cfg, build_backbone
-from .spot_vit import (
-    _TIMM_FIELDS,
-    SpotPretrainedCfg,
-    SubpixelVisionTransformer,
-    _create_spot_vit,
-    _from_timm,
-    _resolve_cfg,
-)
+from .spot_vit import SubpixelVisionTransformer
+from .spot_zoo import create_spot_vit
 
 
-def relevance_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def relevance_filter_fn(
+        state_dict: Dict[str, torch.Tensor],
+        model: nn.Module,
+        fresh: Sequence[str] = (),
+) -> Dict[str, torch.Tensor]:
     """The filter of the backbone's checkpoints; where one has no predictors, they stay fresh."""
     if isinstance(model, SubpixelVisionTransformer):
-        state_dict = checkpoint_filter_fn(state_dict, model)
+        state_dict = checkpoint_filter_fn(state_dict, model, fresh)
     else:
         state_dict = vit_checkpoint_filter_fn(state_dict, model, adapt_layer_scale=True)
     if not any(name.startswith('predictors.') for name in state_dict):
@@ -64,7 +65,7 @@ default_cfgs = generate_default_cfgs({
     'relevance_deit_tiny_patch16_224.fb_in1k': _from_deit('deit_tiny_patch16_224.fb_in1k'),
     'relevance_deit_small_patch16_224.fb_in1k': _from_deit('deit_small_patch16_224.fb_in1k'),
     'relevance_deit_base_patch16_224.fb_in1k': _from_deit('deit_base_patch16_224.fb_in1k'),
-    'relevance_spot_vit_base_patch16_mae.mae': _from_timm('vit_base_patch16_224.mae', num_classes=1000),
+    'relevance_spot_vit_base_patch16_mae.mae': cfg_from_timm('vit_base_patch16_224.mae', num_classes=1000),
     'relevance_spot_vit_pico_patch8_64.digits': _from_digits(),
 })
 
@@ -75,7 +76,7 @@ def _create_relevance_vit(
         model_cls: Callable[..., nn.Module] = RelevanceVisionTransformer,
         **kwargs: Any,
 ) -> nn.Module:
-    overlay = kwargs.pop('pretrained_cfg_overlay', None)
+    overlay = prefer_file(kwargs.pop('pretrained_cfg_overlay', None))
     cfg = resolve_pretrained_cfg(variant, kwargs.pop('pretrained_cfg', None), overlay)
     return build_checked(
         model_cls,
@@ -102,7 +103,7 @@ def relevance_vit(
     a config given with this model names.
     """
     cache_dir = kwargs.get('cache_dir')
-    cfg = _resolve_cfg(
+    cfg = resolve_cfg(
         'relevance_vit', kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
     source = resolve_checked(backbone, cache_dir)
     own_weights = bool(cfg.has_weights or cfg.state_dict)
@@ -114,7 +115,7 @@ def relevance_vit(
         pretrained=pretrained and own_weights,
         model_cls=partial(
             _build, source=source, backbone_args=backbone_args or {}, pretrained=pretrained and not own_weights),
-        pretrained_cfg=PretrainedCfg(**{name: getattr(cfg, name) for name in _TIMM_FIELDS}),
+        pretrained_cfg=timm_cfg(cfg),
         **{**saved, **kwargs},
     )
 
@@ -152,7 +153,7 @@ def relevance_spot_vit_base_patch16_mae(
 ) -> RelevanceSubpixelVisionTransformer:
     """SPoT ViT-Base (SPoT-B/16) that drops placed tokens."""
     model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, init_values=1.0, global_pool='avg')
-    return _create_spot_vit(
+    return create_spot_vit(
         'relevance_spot_vit_base_patch16_mae', pretrained, model_cls=RelevanceSubpixelVisionTransformer,
         filter_fn=relevance_filter_fn, **dict(model_args, **kwargs))
 
@@ -165,6 +166,6 @@ def relevance_spot_vit_pico_patch8_64(
     """SPoT ViT-Pico that drops placed tokens; its digit weights, trained predictors included, are inside."""
     model_args = dict(
         img_size=64, patch_size=8, embed_dim=128, depth=5, num_heads=4, init_values=1.0, global_pool='avg')
-    return _create_spot_vit(
+    return create_spot_vit(
         'relevance_spot_vit_pico_patch8_64', pretrained, model_cls=RelevanceSubpixelVisionTransformer,
         filter_fn=relevance_filter_fn, **dict(model_args, **kwargs))

@@ -3,18 +3,15 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
-from typing import Dict, List, Tuple
+from collections.abc import Iterable, Sequence
 
 import torch
 from timm.layers import resample_patch_embed
-from timm.models._input import get_pretrained_grid_size, update_model_args
 from torch import nn
 
 from ..ops.position_feature import fit_position_weights
 from .subpixel_embed import patch_sigma
-
-StateDict = Dict[str, torch.Tensor]
+from .vit_checkpoint import NO_POSITIONS, StateDict, adapt_tail, fold_prefix, split_table
 
 # The authors' names on the left, timm's on the right.
 _AUTHORS_NAMES = (
@@ -35,20 +32,48 @@ FOLDED = {
 }
 
 
-def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Turn any known checkpoint into one of `model`'s keys.
+def is_authors(keys: Iterable[str]) -> bool:
+    """Whether these are the keys of a checkpoint that the authors released, which needs convention='spot'."""
+    return 'embedder.emb.weight' in keys
+
+
+def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module, fresh: Sequence[str] = ()) -> StateDict:
+    """Turn any known checkpoint into one of `model`'s keys; the model stays as it is.
 
     Recognised by their keys: native ones (unchanged), the authors' (`embedder.emb.weight`), and those of any timm
     VisionTransformer, whose position table becomes position weights in closed form.
+
+    Args:
+        state_dict: The checkpoint, or a dict that holds it as 'model'.
+        model: The subpixel ViT to fill.
+        fresh: Prefixes of what the model keeps as it is where the checkpoint has nothing of it.
 
     Raises:
         ValueError: The checkpoint has none of these forms, or one that does not suit the model.
     """
     state_dict = state_dict.get('model', state_dict)
+    return keep_fresh(_to_native(state_dict, model), model, fresh)
+
+
+def keep_fresh(state_dict: StateDict, model: nn.Module, fresh: Sequence[str]) -> StateDict:
+    """Fill a state dict up with the model's own tensors under any of the prefixes `fresh` that it has nothing of."""
+    missing = tuple(prefix for prefix in fresh if not any(key.startswith(prefix) for key in state_dict))
+    if not missing:
+        return state_dict
+    own = {key: value for key, value in model.state_dict().items() if key.startswith(missing)}
+    return {**state_dict, **own}
+
+
+def _to_native(state_dict: StateDict, model: nn.Module) -> StateDict:
     if 'patch_embed.pos_proj.weight' in state_dict:
         return state_dict
-    if 'embedder.emb.weight' in state_dict:
+    if is_authors(state_dict):
         return _from_authors(state_dict, model)
+    own = [key for key in state_dict if key.startswith(('patch_embed.n_sigma', 'placer.'))]
+    if own:
+        raise ValueError(
+            f"this checkpoint has {', '.join(own[:3])} and so is one of timm_spot's, but it lacks "
+            "'patch_embed.pos_proj.weight', the position weights: they would be zero.")
     if 'patch_embed.proj.weight' in state_dict:
         return _from_vit(state_dict, model)
     raise ValueError(
@@ -73,12 +98,9 @@ def _from_authors(state_dict: StateDict, model: nn.Module) -> StateDict:
     if weight.ndim != 2 or 4 * window ** 2 != weight.shape[1]:
         raise ValueError(f"'embedder.emb.weight' of shape {tuple(weight.shape)} should have 4 k k columns.")
     if embed.convention != 'spot':
-        if embed.pos_nodes != window:
-            raise ValueError(
-                f"the authors' checkpoint with windows of {window} px needs convention='spot', the model was built "
-                f"with convention={embed.convention!r} and pos_nodes={embed.pos_nodes}.")
-        embed.convention = 'spot'
-        update_model_args(model, convention='spot')
+        raise ValueError(
+            f"the authors' checkpoint with windows of {window} px needs convention='spot', the model was built "
+            f"with convention={embed.convention!r} and pos_nodes={embed.pos_nodes}.")
 
     out = {}
     unknown = []
@@ -112,25 +134,9 @@ def _from_vit(state_dict: StateDict, model: nn.Module) -> StateDict:
         out['patch_embed.proj.weight'] = resample_patch_embed(weight, [window, window])
     table = out.pop('pos_embed', None)
     if table is None:
-        out['patch_embed.n_sigma'] = torch.ones(())
-        out['patch_embed.pos_proj.weight'] = torch.zeros_like(embed.pos_proj.weight, device='cpu')
-    else:
-        fold_table(out, *split_table(table, out, model, grid_weight), pos_nodes=embed.pos_nodes)
+        raise ValueError(NO_POSITIONS)
+    fold_table(out, *split_table(table, out, model, grid_weight), pos_nodes=embed.pos_nodes)
     return adapt_tail(out, model)
-
-
-def adapt_tail(out: StateDict, model: nn.Module) -> StateDict:
-    """Complete a ViT's state dict, changed in place: layer scale of one, its norm behind the pooling, a zero head."""
-    target = model.state_dict()
-    for key in target:
-        if key.endswith(('ls1.gamma', 'ls2.gamma')) and key not in out:
-            out[key] = torch.ones(target[key].shape)
-    for name in ('weight', 'bias'):
-        if f'fc_norm.{name}' in target and f'norm.{name}' in out and f'fc_norm.{name}' not in out:
-            out[f'fc_norm.{name}'] = out.pop(f'norm.{name}')
-    if 'head.weight' in target and 'head.weight' not in out:
-        _add_zero_head(out, model)
-    return out
 
 
 def fold_table(
@@ -138,7 +144,7 @@ def fold_table(
         prefix: torch.Tensor,
         table: torch.Tensor,
         pos_nodes: int,
-        extent: Tuple[float, float] = (1., 1.),
+        extent: tuple[float, float] = (1., 1.),
 ) -> None:
     """Fold a ViT's position table into its state dict, as position weights and into the prefix tokens.
 
@@ -154,49 +160,3 @@ def fold_table(
     state_dict['patch_embed.n_sigma'] = n_sigma
     state_dict['patch_embed.pos_proj.weight'] = fit_position_weights(
         table.cpu(), pos_nodes, patch_sigma(n_sigma, pos_nodes), extent)
-
-
-def fold_prefix(state_dict: StateDict, prefix: torch.Tensor) -> None:
-    """Add the rows (1, prefix, D) of a ViT's position table to its class token and registers, in place."""
-    for name in ('cls_token', 'reg_token'):
-        if prefix.shape[1] and name in state_dict:
-            rows = state_dict[name].shape[1]
-            state_dict[name] = state_dict[name] + prefix[:, :rows]
-            prefix = prefix[:, rows:]
-
-
-def split_table(
-        table: torch.Tensor,
-        state_dict: StateDict,
-        model: nn.Module,
-        patch_weight: torch.Tensor,
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Split a position table (1, prefix + h * w, D) into its prefix rows (1, prefix, D) and (h, w, D)."""
-    length = table.shape[1]
-    prefix_tokens = sum(state_dict[k].shape[1] for k in ('cls_token', 'reg_token') if k in state_dict)
-    tried: List[int] = []
-    # With no_embed_class the table has no prefix rows; what the model says of itself comes first.
-    for prefix in sorted({prefix_tokens, 0}, reverse=not model.no_embed_class):
-        patches = length - prefix
-        side = math.isqrt(patches)
-        grids = [get_pretrained_grid_size(model, patch_weight, patches), model.patch_embed.grid_size, (side, side)]
-        for grid in grids:
-            if grid is not None and grid[0] * grid[1] == patches:
-                return table[:, :prefix], table[0, prefix:].reshape(*grid, -1)
-        tried.append(patches)
-    raise ValueError(
-        f"'pos_embed' of shape {tuple(table.shape)} holds {' or '.join(map(str, tried))} patches, which fit neither "
-        f'the image size of the model, {model.patch_embed.img_size}, nor a square: pass the source\'s img_size=.')
-
-
-def _add_zero_head(out: StateDict, model: nn.Module) -> None:
-    cfg_classes = model.pretrained_cfg['num_classes']
-    out['head.weight'] = torch.zeros(cfg_classes, model.num_features)
-    out['head.bias'] = torch.zeros(cfg_classes)
-    # With another number of classes timm drops the head again and leaves the fresh one.
-    if model.num_classes == cfg_classes:
-        warnings.warn(
-            'this checkpoint has no classifier: the head is zero, every class equally likely. Train one (timm\'s '
-            'train.py, or num_classes= for a fresh head of your own), load the authors\' fine-tuned file with '
-            'pretrained_cfg_overlay=dict(file=...), or use num_classes=0 for features.',
-            stacklevel=2)

@@ -6,7 +6,8 @@ Papers: `Masked Autoencoders Are Scalable Vision Learners` - https://arxiv.org/a
 To drop a token is to leave its position out of the placement, so the encoder is an ordinary subpixel ViT at a smaller
 budget. The decoder is told every position, kept or dropped, by the same position feature.
 """
-# No postponed annotations in this file: timm's registry reads those of entrypoints.
+from __future__ import annotations
+
 from functools import partial
 from typing import Any, Dict, NamedTuple, Optional, Set
 
@@ -18,8 +19,9 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from ..ops.windows import read_windows
+from .download import prefer_file
 from .loading import build_checked
-from .spot_vit import SpotPretrainedCfg
+from .spot_config import SpotPretrainedCfg
 
 __all__ = ['Reconstruction', 'SubpixelMAE']
 
@@ -136,7 +138,7 @@ class SubpixelMAE(nn.Module):
     def _order(self, batch_size: int, n_tokens: int) -> torch.Tensor:
         if self.training:
             return torch.rand(batch_size, n_tokens).argsort(dim=1)
-        generator = torch.Generator().manual_seed(self.encoder.patch_embed.seed)
+        generator = torch.Generator().manual_seed(self.encoder.placer.eval_prior.seed)
         return torch.randperm(n_tokens, generator=generator).expand(batch_size, -1)
 
     def _decode(self, tokens: torch.Tensor, positions: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -167,7 +169,7 @@ default_cfgs = generate_default_cfgs({
 
 def _create_spot_mae(variant: str, pretrained: bool = False, **kwargs: Any) -> SubpixelMAE:
     cfg = resolve_pretrained_cfg(
-        variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
+        variant, kwargs.pop('pretrained_cfg', None), prefer_file(kwargs.pop('pretrained_cfg_overlay', None)))
     return build_checked(
         SubpixelMAE,
         variant,

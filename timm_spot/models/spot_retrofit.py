@@ -6,34 +6,28 @@ The ViT keeps its own modules, so whatever it is made of carries over (class tok
 pooling, heads, weights changed by hand). Only two things go: the patch embedding, whose projection is kept, and the
 position table, which becomes position weights in closed form.
 """
-# No postponed annotations in this file: timm's registry and TorchScript read those of entrypoints and models.
+from __future__ import annotations
+
 import copy
 from functools import partial
-from typing import Any, Dict, Optional, Union
+from typing import Any
 
 from timm.layers import PatchEmbed
-from timm.models import generate_default_cfgs, register_model
-from timm.models._input import update_model_args
-from timm.models.vision_transformer import VisionTransformer
+from timm.models import VisionTransformer, generate_default_cfgs, register_model
 from torch import nn
 
+from ._timm import update_model_args
 from .loading import create_checked, resolve_checked
 from .spot_checkpoint import fold_table
-from .spot_vit import (
-    _PLACEMENT_FIELDS,
-    SpotPretrainedCfg,
-    SubpixelVisionTransformer,
-    _create_spot_vit,
-    _resolve_cfg,
-)
-from .subpixel_embed import SubpixelEmbed
+from .spot_config import PLACEMENT_FIELDS, SpotPretrainedCfg, pop_placement, resolve_cfg
+from .spot_vit import SubpixelVisionTransformer
+from .spot_zoo import create_spot_vit
+from .subpixel_embed import DEFAULT_NODES, SubpixelEmbed, WindowProjection
 
 __all__ = ['retrofit']
 
-_DEFAULT_NODES = 16
 
-
-def retrofit(vit: Union[str, VisionTransformer], **model_keywords: Any) -> SubpixelVisionTransformer:
+def retrofit(vit: str | VisionTransformer, **model_keywords: Any) -> SubpixelVisionTransformer:
     """Turn any timm VisionTransformer into a subpixel one with its weights.
 
     With the full patch grid as placement (`sampler='grid'`) its logits are the source's.
@@ -56,16 +50,16 @@ def retrofit(vit: Union[str, VisionTransformer], **model_keywords: Any) -> Subpi
     Example:
         >>> import timm_spot
         >>> model = timm_spot.retrofit('vit_tiny_patch16_224', depth=2, n_tokens=25, sampler='center')
-        >>> model.patch_embed.num_patches
+        >>> model.n_tokens
         25
     """
-    placement = {k: model_keywords.pop(k) for k in _PLACEMENT_FIELDS if k in model_keywords}
+    placement = pop_placement(model_keywords)
     if isinstance(vit, str):
         vit = create_checked(vit, **model_keywords)
     elif model_keywords:
         raise TypeError(
             f"a model that is already built takes no {', '.join(model_keywords)}: give a name instead of an instance, "
-            f"or only {', '.join(_PLACEMENT_FIELDS)}.")
+            f"or only {', '.join(PLACEMENT_FIELDS)}.")
     else:
         check_patch_grid(vit)
         vit = copy.deepcopy(vit)
@@ -82,7 +76,7 @@ def check_patch_grid(vit: nn.Module) -> None:
         raise ValueError(f'{name} cannot be retrofitted: {reason}.')
 
 
-def _unsuitable(vit: nn.Module) -> Optional[str]:
+def _unsuitable(vit: nn.Module) -> str | None:
     kind = type(vit).__name__
     if isinstance(vit, SubpixelVisionTransformer):
         return 'it is a subpixel ViT already'
@@ -113,25 +107,25 @@ def retrofit_in_place(vit: VisionTransformer, fold: bool, **placement: Any) -> S
         **placement: Model keywords of the placement.
     """
     check_patch_grid(vit)
-    if placement.setdefault('convention', 'patch') != 'patch':
-        raise ValueError(
-            f"convention={placement['convention']!r} does not suit a ViT's weights, they need convention='patch'.")
+    convention = placement.pop('convention', None) or 'patch'
+    if convention != 'patch':
+        raise ValueError(f"convention={convention!r} does not suit a ViT's weights, they need convention='patch'.")
     source = vit.patch_embed
     side = max(source.grid_size)
-    if placement.get('pos_nodes') is None:
-        placement['pos_nodes'] = _DEFAULT_NODES if side <= _DEFAULT_NODES else side + 2
+    nodes = placement.pop('pos_nodes', None) or (DEFAULT_NODES if side <= DEFAULT_NODES else side + 2)
     weight = source.proj.weight
     embed = SubpixelEmbed(
         img_size=source.img_size,
         patch_size=source.patch_size,
         in_chans=weight.shape[1],
         embed_dim=weight.shape[0],
+        pos_nodes=nodes,
         device=weight.device,
         dtype=weight.dtype,
-        **placement,
     )
     embed.proj, embed.norm = source.proj, source.norm
-    embed.train(vit.training)
+    if type(embed.proj) is nn.Conv2d:
+        embed.proj.__class__ = WindowProjection  # the same weights, by a faster product
 
     state_dict = vit.state_dict()
     table = state_dict.pop('pos_embed', None)
@@ -140,14 +134,19 @@ def retrofit_in_place(vit: VisionTransformer, fold: bool, **placement: Any) -> S
     vit.patch_embed = embed
     vit.pos_embed = None
     vit.dynamic_img_size = False
+    placer = placement.pop('placer', None)
+    vit.init_placer(placer, placement, weight.device)
     if table is None:
         nn.init.zeros_(embed.pos_proj.weight)
     elif fold and not table.is_meta:
         prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
         patches = table[0, prefix:].reshape(*source.grid_size, -1)
         extent = [n * embed.window / size for n, size in zip(source.grid_size, source.img_size)]
-        fold_table(state_dict, table[:, :prefix], patches, embed.pos_nodes, (extent[0], extent[1]))
-        vit.load_state_dict(state_dict)
+        fold_table(state_dict, table[:, :prefix], patches, nodes, (extent[0], extent[1]))
+        own = {name: value for name, value in vit.state_dict().items() if name.startswith('placer.')}
+        vit.load_state_dict({**state_dict, **own})
+    for module in (embed, vit.placer):
+        module.train(vit.training)
 
     vit._traits = dict(getattr(vit, '_traits', {}), fixed_input_size=False)
     if hasattr(vit, 'pretrained_cfg'):  # built by timm: say how it can be built again
@@ -155,7 +154,8 @@ def retrofit_in_place(vit: VisionTransformer, fold: bool, **placement: Any) -> S
         embed.set_normalization(vit.pretrained_cfg['mean'], vit.pretrained_cfg['std'])
         vit.pretrained_cfg = dict(vit.pretrained_cfg, architecture='spot_retrofit', fixed_input_size=False)
         vit.default_cfg = vit.pretrained_cfg
-        update_model_args(vit, backbone=backbone, **{k: v for k, v in placement.items() if v is not None})
+        settings = dict(placement, convention=convention, pos_nodes=nodes, placer=placer)
+        update_model_args(vit, backbone=backbone, **{k: v for k, v in settings.items() if v is not None})
     return vit
 
 
@@ -176,7 +176,7 @@ def spot_retrofit(
     that a config given with this model names.
     """
     overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
-    cfg = _resolve_cfg('spot_retrofit', kwargs.pop('pretrained_cfg', None), overlay)
+    cfg = resolve_cfg('spot_retrofit', kwargs.pop('pretrained_cfg', None), overlay)
     cache_dir = kwargs.get('cache_dir')
     source = resolve_checked(backbone, cache_dir)
     own_weights = bool(cfg.has_weights or cfg.state_dict)
@@ -184,7 +184,7 @@ def spot_retrofit(
         cfg = backbone_cfg('spot_retrofit', cfg, source['pretrained_cfg'], fixed_input_size=False)
 
     saved = {name: value for name, value in source.items() if name not in SOURCE_FIELDS}
-    return _create_spot_vit(
+    return create_spot_vit(
         'spot_retrofit',
         pretrained=pretrained and own_weights,
         model_cls=partial(_build, source=source, pretrained=pretrained and not own_weights),
@@ -200,21 +200,21 @@ SOURCE_FIELDS = ('model_name', 'pretrained_cfg', 'pretrained_model_args', 'cache
 def backbone_cfg(
         variant: str,
         cfg: SpotPretrainedCfg,
-        source_cfg: Dict[str, Any],
+        source_cfg: dict[str, Any],
         **fixed: Any,
 ) -> SpotPretrainedCfg:
     """Config of a model built from a backbone: the backbone's, but for what `cfg` changes of the variant's own."""
-    default = _resolve_cfg(variant, None, None)
+    default = resolve_cfg(variant, None, None)
     changed = {name: value for name, value in vars(cfg).items() if value != getattr(default, name)}
     return SpotPretrainedCfg(**{**source_cfg, **changed, 'architecture': variant, **fixed})
 
 
-def _build(source: Dict[str, Any], pretrained: bool, **kwargs: Any) -> SubpixelVisionTransformer:
-    placement = {k: kwargs.pop(k) for k in _PLACEMENT_FIELDS if k in kwargs}
+def _build(source: dict[str, Any], pretrained: bool, **kwargs: Any) -> SubpixelVisionTransformer:
+    placement = pop_placement(kwargs)
     return retrofit_in_place(build_backbone(source, pretrained, **kwargs), fold=pretrained, **placement)
 
 
-def build_backbone(source: Dict[str, Any], pretrained: bool, **kwargs: Any) -> nn.Module:
+def build_backbone(source: dict[str, Any], pretrained: bool, **kwargs: Any) -> nn.Module:
     """The model that `resolve_checked` resolved, with more keywords."""
     fields = {name: source[name] for name in SOURCE_FIELDS[1:] if name in source}
     return create_checked(source['model_name'], pretrained, **fields, **kwargs)

@@ -2,41 +2,29 @@
 
 Paper: `SPoT: Subpixel Placement of Tokens in Vision Transformers` - https://arxiv.org/abs/2507.01654
 
-The class, its registered names and their weights. Windows, samplers and the position feature are in `timm_spot.ops`,
-the embedding in `subpixel_embed.py`, the conversion of checkpoints in `checkpoint.py`.
+The class. Where tokens lie is decided in `placement.py`, windows become tokens in `subpixel_embed.py`; registered names
+and their weights are in `spot_zoo.py`, settings in `spot_config.py`, the conversion of checkpoints in
+`spot_checkpoint.py`.
 """
-# No postponed annotations in this file: scripting an FX graph of the model reads those of `forward` as types.
-import dataclasses
-import os
+from __future__ import annotations
+
+from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import (
-    checkpoint,
-    checkpoint_seq,
-    generate_default_cfgs,
-    get_pretrained_cfg,
-    register_model,
-)
-from timm.models._builder import resolve_pretrained_cfg
-from timm.models._features import feature_take_indices
-from timm.models._input import update_model_args
-from timm.models._pretrained import PretrainedCfg
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from timm.models import VisionTransformer, checkpoint, checkpoint_seq
 
+from ..ops.normalization import Normalization
 from ..ops.samplers import lattice_shape
+from ..ops.windows import check_images
 from ._features import Intermediates, format_intermediates
-from .loading import build_checked
-from .spot_checkpoint import checkpoint_filter_fn
-from .subpixel_embed import Saliency, SubpixelEmbed
+from ._timm import feature_take_indices, update_model_args
+from .placement import Placer, get_placer
+from .spot_config import PLACEMENT_FIELDS, make_priors, merge_settings
+from .subpixel_embed import SubpixelEmbed
 
-__all__ = ['SpotPretrainedCfg', 'SubpixelVisionTransformer']
-
-PROJECT_PAGE = 'https://dsb-ifi.github.io/SPoT/'
+__all__ = ['SubpixelVisionTransformer']
 
 
 class SubpixelVisionTransformer(VisionTransformer):
@@ -48,103 +36,144 @@ class SubpixelVisionTransformer(VisionTransformer):
     Args:
         img_size: Nominal image size; images of any size and aspect are accepted.
         patch_size: Side of a window in pixels.
-        n_tokens: Budget; by default the count of whole patches in each image, as a ViT would have. (low, high) draws
-            one for each training batch, the same in all processes; small budgets are as common as large ones.
-        sampler: Spatial prior that places the tokens, see `timm_spot.list_samplers`.
         convention: Geometry of windows and position feature, 'patch' or 'spot' (see `timm_spot.sample_windows`).
-        seed: Seed of the placement given to every image in eval mode, and of the random budgets.
-        saliency: 'spectral_residual', a function from images to maps, or a map (H, W) or (B, H, W), for samplers
-            that need one.
         pos_nodes: Nodes per axis of the position feature.
-        eval_n_tokens: Budget in eval mode where it differs from training; by default the largest.
-        eval_sampler: Prior in eval mode where it differs from training.
-        **kwargs: Of timm's VisionTransformer.
+        placer: Who places the tokens: 'sampled' (a registered sampler), or a network under the name that
+            `timm_spot.register_placer` gave it.
+        **kwargs: Of timm's VisionTransformer, and the settings of the placement:
+            n_tokens: Budget; by default the count of whole patches in each image, as a ViT would have. (low, high)
+                draws one for each training batch, the same in all processes; small budgets are as common as large ones.
+            sampler: Spatial prior, 'isotropic' by default, see `timm_spot.list_samplers`.
+            seed: Of the placement given to every image in eval mode, and of the random budgets.
+            saliency: 'spectral_residual', a function from images to maps, or a map (H, W) or (B, H, W), for samplers
+                that need one.
+            eval_n_tokens: Budget in eval mode where it differs from training; by default the largest.
+            eval_sampler: Prior in eval mode where it differs from training.
 
     `timm.create_model` also takes `train_only`: 'position' freezes all but the position weights, 'head' all but the
-    classifier.
+    classifier, 'placer' all but the network that places the tokens.
+
+    Attributes:
+        placer: The `Placer`.
 
     Raises:
-        ValueError: An unknown sampler or convention, a sampler without the saliency it needs, a budget below 1 or a
-            range out of order, a `pos_embed` table.
+        ValueError: An unknown sampler, placer or convention, a sampler without the saliency it needs, a budget below 1
+            or a range out of order, a `pos_embed` table.
     """
 
     def __init__(
             self,
-            img_size: Union[int, Tuple[int, int]] = 224,
-            patch_size: Union[int, Tuple[int, int]] = 16,
+            img_size: int | tuple[int, int] = 224,
+            patch_size: int | tuple[int, int] = 16,
             *,
-            n_tokens: Optional[Union[int, Sequence[int]]] = None,
-            sampler: str = 'isotropic',
             convention: str = 'patch',
-            seed: int = 0,
-            saliency: Optional[Saliency] = None,
-            pos_nodes: Optional[int] = None,
-            eval_n_tokens: Optional[int] = None,
-            eval_sampler: Optional[str] = None,
+            pos_nodes: int | None = None,
+            placer: str | None = None,
             **kwargs: Any,
     ) -> None:
         if kwargs.pop('pos_embed', 'none') not in ('', 'none'):
             raise ValueError("pos_embed must be 'none': a table has no rows for continuous positions.")
         # Any image size is dynamic here; timm's flag would only ask the embedding for a map instead of tokens.
         kwargs.pop('dynamic_img_size', None)
+        settings = {name: kwargs.pop(name) for name in PLACEMENT_FIELDS if name in kwargs}
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,
             pos_embed='none',
-            embed_layer=partial(
-                SubpixelEmbed,
-                n_tokens=n_tokens,
-                sampler=sampler,
-                convention=convention,
-                seed=seed,
-                saliency=saliency,
-                pos_nodes=pos_nodes,
-                eval_n_tokens=eval_n_tokens,
-                eval_sampler=eval_sampler,
-            ),
+            embed_layer=partial(SubpixelEmbed, convention=convention, pos_nodes=pos_nodes),
             **kwargs,
         )
+        self.init_placer(placer, settings, kwargs.get('device'))
 
-    __jit_unused_properties__ = ['n_tokens']
+    def init_placer(self, placer: str | None, settings: dict[str, Any], device: Any = None) -> None:
+        """What the constructor adds to a ViT over windows; on its own, on one that is built already."""
+        self._settings = {name: value for name, value in settings.items() if value is not None}
+        with torch.device(device) if device is not None else nullcontext():
+            self.placer: Placer = get_placer('sampled' if placer is None else placer)(*self._priors(self._settings))
+        self._state_reductions()
+
+    def _priors(self, settings: dict[str, Any]) -> tuple[Any, Any]:
+        return make_priors(self.patch_embed.window, **settings)
 
     @property
     def n_tokens(self) -> int:
         """Budget in eval mode: tokens of an image of the nominal size (prefix tokens do not count)."""
-        return self.patch_embed.num_patches
+        return self.placer.eval_prior.budgets(self.patch_embed.img_size)[1]
 
-    @torch.jit.ignore
+    @property
+    def normalization(self) -> Normalization | None:
+        """What uint8 images are normalised with."""
+        return self.patch_embed.normalization
+
     def place(self, images: torch.Tensor) -> torch.Tensor:
-        """Placement (B, N, 2) of (y, x) that the model's own sampler uses for images (B, C, H, W).
+        """Placement (B, N, 2) of (y, x) that the model's own placer gives images (B, C, H, W).
 
-        In train mode stochastic samplers draw anew for each image and call.
+        In train mode stochastic samplers draw anew for each image and call, and random budgets for each call.
         """
-        return self.patch_embed.place(images).clone()
+        return self._place(images).clone()
 
-    @torch.jit.ignore
-    def set_placement(
-            self,
-            n_tokens: Optional[Union[int, Sequence[int]]] = None,
-            sampler: Optional[str] = None,
-            seed: Optional[int] = None,
-            saliency: Optional[Saliency] = None,
-            eval_n_tokens: Optional[int] = None,
-            eval_sampler: Optional[str] = None,
-    ) -> None:
-        """Change the budget, the prior, its seed or its map; what is None stays.
+    def set_placement(self, **changes: Any) -> None:
+        """Change the budget, the prior, its seed or its map: what is given changes, None restores the default.
 
-        `n_tokens` and `sampler` set both modes, `eval_n_tokens` and `eval_sampler` eval mode alone. A saved model keeps
-        the change.
+        A saved model keeps the change.
+
+        Args:
+            **changes: Any of `n_tokens` and `sampler`, which set both modes; `eval_n_tokens` and `eval_sampler`, for
+                eval mode alone; `seed`, `saliency`.
+
+        Raises:
+            TypeError: Another keyword.
+            TypeError, ValueError: As the constructor; the model is then as it was.
+
+        Example:
+            >>> import timm, timm_spot
+            >>> model = timm.create_model('spot_vit_pico_patch8_64', n_tokens=25)
+            >>> model.set_placement(n_tokens=9, sampler='center')
+            >>> model.n_tokens
+            9
+            >>> model.set_placement(n_tokens=None)  # as many as there are patches
+            >>> model.n_tokens
+            64
         """
-        changes = dict(
-            n_tokens=n_tokens, sampler=sampler, seed=seed, saliency=saliency, eval_n_tokens=eval_n_tokens,
-            eval_sampler=eval_sampler)
-        self.patch_embed.set_placement(**changes)
-        record = {k: v for k, v in changes.items() if v is not None}
-        if n_tokens is not None:
-            record['eval_n_tokens'] = eval_n_tokens  # what was set before no longer holds
-        if sampler is not None:
-            record['eval_sampler'] = eval_sampler
+        settings = merge_settings(self._settings, changes)
+        self.placer.set_priors(*self._priors(settings))
+        self._settings = {name: value for name, value in settings.items() if value is not None}
+        record = dict(changes)
+        for name in ('n_tokens', 'sampler'):
+            if name in changes:
+                record[f'eval_{name}'] = changes.get(f'eval_{name}')  # what was set before no longer holds
         update_model_args(self, **record)
+        self._state_reductions()
+
+    def set_input_size(
+            self,
+            img_size: tuple[int, int] | None = None,
+            patch_size: tuple[int, int] | None = None,
+    ) -> None:
+        """Change the nominal image size, or the window by resampling the projection."""
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        self.placer.set_priors(*self._priors(self._settings))
+        self._state_reductions()
+
+    def _state_reductions(self) -> None:
+        """Say in `feature_info` how many pixels apart the tokens of a feature map lie, at the nominal image size."""
+        placer, size = self.placer.replaced(), self.patch_embed.img_size
+        placer.training = False
+        lattice = placer.lattice(size)
+        if lattice is not None:
+            pixels = size[0] / lattice[0]
+            self.feature_info = [
+                dict(info, reduction=int(pixels) if pixels.is_integer() else pixels) for info in self.feature_info]
+
+    def _place(self, images: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """The given placement, or the placer's."""
+        if isinstance(images, torch.fx.Proxy):  # whether one is given shows when the traced graph runs
+            return given_or(positions, self.placer(images))
+        if positions is not None:
+            return positions
+        if self.training and self.placer.train_prior.draws_budget:
+            return _place_at_drawn_budget(self, images)
+        return _place_images(self, images)
 
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
         prefix = []
@@ -154,8 +183,8 @@ class SubpixelVisionTransformer(VisionTransformer):
             prefix.append(self.reg_token.expand(x.shape[0], -1, -1))
         return self.pos_drop(torch.cat(prefix + [x], dim=1))
 
-    def _embed(self, x: torch.Tensor, positions: Optional[torch.Tensor] = None) -> torch.Tensor:
-        x = self.patch_embed(x, positions)
+    def _embed(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.patch_embed(x, self._place(x, positions))
         x = self._pos_embed(x)
         x = self.patch_drop(x)
         return self.norm_pre(x)
@@ -163,8 +192,8 @@ class SubpixelVisionTransformer(VisionTransformer):
     def forward_features(
             self,
             x: torch.Tensor,
-            positions: Optional[torch.Tensor] = None,
-            attn_mask: Optional[torch.Tensor] = None,
+            positions: torch.Tensor | None = None,
+            attn_mask: torch.Tensor | None = None,
             is_causal: bool = False,
     ) -> torch.Tensor:
         """Images (B, C, H, W) to all tokens after the last block, (B, prefix + N, D).
@@ -179,7 +208,7 @@ class SubpixelVisionTransformer(VisionTransformer):
         if attn_mask is not None or is_causal:
             for blk in self.blocks:
                 x = blk(x, attn_mask=attn_mask, is_causal=is_causal)
-        elif self.grad_checkpointing and not torch.jit.is_scripting():
+        elif self.grad_checkpointing:
             x = checkpoint_seq(self.blocks, x)
         else:
             x = self.blocks(x)
@@ -188,8 +217,8 @@ class SubpixelVisionTransformer(VisionTransformer):
     def forward(
             self,
             x: torch.Tensor,
-            positions: Optional[torch.Tensor] = None,
-            attn_mask: Optional[torch.Tensor] = None,
+            positions: torch.Tensor | None = None,
+            attn_mask: torch.Tensor | None = None,
             is_causal: bool = False,
     ) -> torch.Tensor:
         """Images (B, C, H, W) to logits (B, num_classes), see `forward_features`; NaN in train mode is an error."""
@@ -203,16 +232,16 @@ class SubpixelVisionTransformer(VisionTransformer):
     def forward_intermediates(
             self,
             x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
+            indices: int | list[int] | None = None,
             return_prefix_tokens: bool = False,
             norm: bool = False,
             stop_early: bool = False,
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
             output_dict: bool = False,
-            attn_mask: Optional[torch.Tensor] = None,
+            attn_mask: torch.Tensor | None = None,
             is_causal: bool = False,
-            positions: Optional[torch.Tensor] = None,
+            positions: torch.Tensor | None = None,
     ) -> Intermediates:
         """Features after chosen blocks, with timm's arguments and results.
 
@@ -254,10 +283,28 @@ class SubpixelVisionTransformer(VisionTransformer):
         last = None if intermediates_only else self.norm(x)
         return format_intermediates(taken, last, self.num_prefix_tokens, return_prefix_tokens, output_dict, to_map)
 
-    def _map_size(self, images: torch.Tensor, positions: Optional[torch.Tensor]) -> Tuple[int, int]:
+    def lattice(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the lattice on which the tokens of images of (H, W) pixels lie.
+
+        Raises:
+            ValueError: They lie on none.
+        """
+        placer = self.placer
+        if self.training and placer.prior.draws_budget:
+            raise ValueError(
+                f"n_tokens={placer.prior.n_tokens} draws a budget for each training batch, no feature map is known "
+                "before: use output_fmt='NLC'.")
+        shape = placer.lattice(image_size)
+        if shape is None:
+            raise ValueError(
+                f"{placer.source} places {placer.budget(image_size)} tokens on no lattice of an image of "
+                f"{image_size[0]} x {image_size[1]} px, so they form no feature map: use output_fmt='NLC'.")
+        return shape
+
+    def _map_size(self, images: torch.Tensor, positions: torch.Tensor | None) -> tuple[int, int]:
         """Rows and columns of the feature map that the placement forms."""
         if positions is None:
-            return self.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+            return self.lattice((images.shape[-2], images.shape[-1]))
         shape = lattice_shape(positions if positions.ndim == 3 else positions[None])
         if shape is None:
             raise ValueError(
@@ -266,234 +313,46 @@ class SubpixelVisionTransformer(VisionTransformer):
         return shape
 
 
-def _to_map(tokens: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+def _to_map(tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Tokens (B, N, D) of a lattice of `size` rows and columns to a map (B, D, rows, columns)."""
     return tokens.transpose(1, 2).unflatten(2, size).contiguous()
 
 
-@dataclasses.dataclass
-class SpotPretrainedCfg(PretrainedCfg):
-    """timm's PretrainedCfg with the placement that the weights are meant for; None leaves it to the model."""
-
-    n_tokens: Optional[Union[int, Sequence[int]]] = None
-    sampler: Optional[str] = None
-    convention: Optional[str] = None
-    seed: Optional[int] = None
-    saliency: Optional[Saliency] = None
-    pos_nodes: Optional[int] = None
-    eval_n_tokens: Optional[int] = None
-    eval_sampler: Optional[str] = None
-
-
-_TIMM_FIELDS = tuple(f.name for f in dataclasses.fields(PretrainedCfg))
-_PLACEMENT_FIELDS = tuple(f.name for f in dataclasses.fields(SpotPretrainedCfg) if f.name not in _TIMM_FIELDS)
+def _place_images(model: SubpixelVisionTransformer, images: torch.Tensor) -> torch.Tensor:
+    """Placement (B, N, 2) that a model's placer gives images, in float32 whatever the autocast."""
+    placer, embed = model.placer, model.patch_embed
+    check_images(images, embed.window)
+    if not placer.reads_images:
+        return placer(images)
+    images = embed.normalize(images)
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
+    # The meta device knows no autocast.
+    with nullcontext() if images.is_meta else torch.autocast(images.device.type, enabled=False):
+        positions = placer(images)
+    if not torch.compiler.is_compiling():
+        _check_count(placer, positions, (images.shape[-2], images.shape[-1]))
+    return positions.to(torch.promote_types(positions.dtype, torch.float32)).expand(images.shape[0], -1, -1)
 
 
-def _from_timm(source: str, **changes: Any) -> SpotPretrainedCfg:
-    """Config of the timm ViT whose weights are taken, safetensors from its Hub repository."""
-    cfg = get_pretrained_cfg(source)
-    fields = {name: getattr(cfg, name) for name in _TIMM_FIELDS}
-    fields.update(url=None, custom_load=False, fixed_input_size=False, architecture=None, tag=None)
-    return SpotPretrainedCfg(**{**fields, **changes})
+def _check_count(placer: Placer, positions: torch.Tensor, image_size: tuple[int, int]) -> None:
+    n_tokens = placer.budget(image_size)
+    if positions.ndim not in (2, 3) or tuple(positions.shape[-2:]) != (n_tokens, 2):
+        raise ValueError(
+            f'{placer.source} gave positions of shape {tuple(positions.shape)}, its budget asks for '
+            f'(B, {n_tokens}, 2).')
 
 
-def _from_authors() -> SpotPretrainedCfg:
-    """Config of a released SPoT checkpoint; its file is not hosted anywhere that can be downloaded from here."""
-    return SpotPretrainedCfg(
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        interpolation='bicubic',
-        crop_pct=0.875,
-        crop_mode='squash',
-        first_conv='patch_embed.proj',
-        classifier='head',
-        origin_url=PROJECT_PAGE,
-        paper_ids='arXiv:2507.01654',
-        convention='spot',
-    )
+# Compiled code then sees positions of a dynamic length, instead of one program for each budget.
+@torch.compiler.disable
+def _place_at_drawn_budget(model: SubpixelVisionTransformer, images: torch.Tensor) -> torch.Tensor:
+    """Placement at the budget of this training batch; the next batch has the next of the sequence."""
+    positions = _place_images(model, images)
+    model.placer.batches += 1
+    return positions
 
 
-def _from_package(file: str, **fields: Any) -> SpotPretrainedCfg:
-    """Config of weights that the package itself holds."""
-    path = Path(__file__).parent.parent / 'weights' / file
-    return SpotPretrainedCfg(file=str(path), first_conv='patch_embed.proj', classifier='head', **fields)
+def given_or(positions: torch.Tensor | None, placed: torch.Tensor) -> torch.Tensor:
+    return placed if positions is None else positions
 
 
-default_cfgs = generate_default_cfgs({
-    'spot_vit_base_patch16_mae.mae': _from_timm('vit_base_patch16_224.mae', num_classes=1000),
-    'spot_vit_base_patch16_mae.spot_in1k': _from_authors(),
-    'spot_vit_base_patch16_in21k.augreg2_in21k_ft_in1k': _from_timm('vit_base_patch16_224.augreg2_in21k_ft_in1k'),
-    'spot_vit_base_patch16_in21k.spot_in21k_ft_in1k': _from_authors(),
-    'spot_vit_base_patch16_in1k.augreg_in1k': _from_timm('vit_base_patch16_224.augreg_in1k'),
-    'spot_vit_base_patch16_in1k.spot_in1k': _from_authors(),
-    'spot_vit_tiny_patch16_in21k.augreg_in21k_ft_in1k': _from_timm('vit_tiny_patch16_224.augreg_in21k_ft_in1k'),
-    'spot_vit_small_patch16_in21k.augreg_in21k_ft_in1k': _from_timm('vit_small_patch16_224.augreg_in21k_ft_in1k'),
-    'spot_vit_large_patch16_in21k.augreg_in21k_ft_in1k': _from_timm('vit_large_patch16_224.augreg_in21k_ft_in1k'),
-    'spot_vit_base_patch32_in21k.augreg_in21k_ft_in1k': _from_timm('vit_base_patch32_224.augreg_in21k_ft_in1k'),
-    'spot_vit_large_patch16_mae.mae': _from_timm('vit_large_patch16_224.mae', num_classes=1000),
-    'spot_vit_pico_patch8_64.digits': _from_package(
-        'spot_vit_pico_patch8_64.digits.safetensors',
-        input_size=(3, 64, 64),
-        crop_pct=1.0,
-        crop_mode='squash',
-        mean=(0.1, 0.1, 0.1),  # a canvas is mostly empty
-        std=(0.25, 0.25, 0.25),
-        num_classes=10,
-        label_names=tuple('0123456789'),
-        license='apache-2.0',
-        description='Trained on scanned handwritten digits (UCI, scikit-learn) on 64 x 64 canvases.',
-    ),
-})
-
-
-def _resolve_cfg(
-        variant: str,
-        pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]],
-        overlay: Optional[Dict[str, Any]],
-) -> SpotPretrainedCfg:
-    """`timm.models.resolve_pretrained_cfg` that knows the placement fields."""
-    if isinstance(pretrained_cfg, dict):
-        pretrained_cfg = SpotPretrainedCfg(**pretrained_cfg)
-    elif isinstance(pretrained_cfg, PretrainedCfg) and not isinstance(pretrained_cfg, SpotPretrainedCfg):
-        pretrained_cfg = SpotPretrainedCfg(**vars(pretrained_cfg))
-    return resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-
-
-def _create_spot_vit(
-        variant: str,
-        pretrained: bool = False,
-        model_cls: Callable[..., SubpixelVisionTransformer] = SubpixelVisionTransformer,
-        filter_fn: Callable[..., Dict[str, torch.Tensor]] = checkpoint_filter_fn,
-        **kwargs: Any,
-) -> SubpixelVisionTransformer:
-    overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
-    train_only = kwargs.pop('train_only', None)
-    cfg = _resolve_cfg(variant, kwargs.pop('pretrained_cfg', None), overlay)
-    if pretrained:
-        org = os.environ.get('TIMM_SPOT_HUB_ORG')
-        if org and cfg.tag and cfg.convention == 'spot' and not (cfg.has_weights or cfg.state_dict):
-            cfg = dataclasses.replace(cfg, hf_hub_id=f'{org}/{variant}.{cfg.tag}')
-        if not (cfg.has_weights or cfg.state_dict):
-            raise RuntimeError(_no_weights_message(variant, cfg))
-
-    # Lowest to highest: the config, the model arguments saved beside it, the overlay, keywords.
-    saved = kwargs.get('pretrained_model_args') or {}
-    given = {name: kwargs.pop(name) for name in _PLACEMENT_FIELDS if name in kwargs}
-    from_saved = {name: value for name, value in given.items() if name in saved and value is saved[name]}
-    keywords = {name: value for name, value in given.items() if name not in from_saved}
-    placement: Dict[str, Any] = {}
-    for source in (vars(cfg), from_saved, overlay, keywords):
-        values = {name: source[name] for name in _PLACEMENT_FIELDS if source.get(name) is not None}
-        for name in ('n_tokens', 'sampler'):
-            if name in values:
-                placement.pop(f'eval_{name}', None)  # one of lower priority
-        placement.update(values)
-    kwargs.update(placement)
-
-    out_indices = kwargs.pop('out_indices', 3)
-    model = build_checked(
-        model_cls,
-        variant,
-        pretrained,
-        # timm's loaders of saved configs know no fields but their own: the placement is saved as model arguments.
-        pretrained_cfg=PretrainedCfg(**{name: getattr(cfg, name) for name in _TIMM_FIELDS}),
-        pretrained_filter_fn=filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
-    update_model_args(model, **placement)
-    inner = getattr(model, 'model', model)  # features_only=True wraps it
-    inner.patch_embed.set_normalization(cfg.mean, cfg.std)
-    if train_only is not None:
-        _freeze(model, train_only)
-    return model
-
-
-_TRAIN_ONLY = {'position': 'patch_embed.pos_proj.', 'head': 'head.'}
-
-
-def _freeze(model: nn.Module, train_only: str) -> None:
-    """Freeze all parameters but the position columns (the paper's first stage) or the head."""
-    if train_only not in _TRAIN_ONLY:
-        raise ValueError(f"train_only={train_only!r} must be {' or '.join(map(repr, _TRAIN_ONLY))}.")
-    trained = [p for name, p in model.named_parameters() if name.startswith(_TRAIN_ONLY[train_only])]
-    if not trained:
-        raise ValueError(f'train_only={train_only!r} leaves nothing to train: this model has no {train_only}.')
-    model.requires_grad_(False)
-    for p in trained:
-        p.requires_grad_(True)
-
-
-def _no_weights_message(variant: str, cfg: SpotPretrainedCfg) -> str:
-    name = f'{variant}.{cfg.tag}' if cfg.tag else variant
-    if cfg.convention == 'spot':
-        return (
-            f'the weights of {name} are hosted by their authors only. Download the file from the links at '
-            f'{PROJECT_PAGE} and load it as it is: timm.create_model({name!r}, pretrained=True, '
-            "pretrained_cfg_overlay=dict(file=PATH)). Or convert it once ('timm-spot convert'), push it to "
-            f"ORG/{name} on the Hugging Face Hub ('timm-spot push') and set TIMM_SPOT_HUB_ORG=ORG.")
-    return f'{name} has no pretrained weights: use pretrained=False, or pretrained_cfg_overlay=dict(file=PATH).'
-
-
-@register_model
-def spot_vit_base_patch16_mae(pretrained: bool = False, **kwargs: Any) -> SubpixelVisionTransformer:
-    """SPoT ViT-Base (SPoT-B/16), mean of the image tokens; starts from a masked autoencoder."""
-    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, init_values=1.0, global_pool='avg')
-    return _create_spot_vit('spot_vit_base_patch16_mae', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spot_vit_base_patch16_in21k(pretrained: bool = False, **kwargs: Any) -> SubpixelVisionTransformer:
-    """SPoT ViT-Base (SPoT-B/16), class token; starts from ImageNet-21k fine-tuned on ImageNet-1k."""
-    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, init_values=1.0)
-    return _create_spot_vit('spot_vit_base_patch16_in21k', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spot_vit_base_patch16_in1k(pretrained: bool = False, **kwargs: Any) -> SubpixelVisionTransformer:
-    """SPoT ViT-Base (SPoT-B/16), class token; starts from ImageNet-1k."""
-    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, init_values=1.0)
-    return _create_spot_vit('spot_vit_base_patch16_in1k', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spot_vit_tiny_patch16_in21k(pretrained: bool = False, **kwargs: Any) -> SubpixelVisionTransformer:
-    """SPoT ViT-Tiny (SPoT-Ti/16), class token; starts from ImageNet-21k fine-tuned on ImageNet-1k."""
-    model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3, init_values=1.0)
-    return _create_spot_vit('spot_vit_tiny_patch16_in21k', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spot_vit_small_patch16_in21k(pretrained: bool = False, **kwargs: Any) -> SubpixelVisionTransformer:
-    """SPoT ViT-Small (SPoT-S/16), class token; starts from ImageNet-21k fine-tuned on ImageNet-1k."""
-    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6, init_values=1.0)
-    return _create_spot_vit('spot_vit_small_patch16_in21k', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spot_vit_large_patch16_in21k(pretrained: bool = False, **kwargs: Any) -> SubpixelVisionTransformer:
-    """SPoT ViT-Large (SPoT-L/16), class token; starts from ImageNet-21k fine-tuned on ImageNet-1k."""
-    model_args = dict(patch_size=16, embed_dim=1024, depth=24, num_heads=16, init_values=1.0)
-    return _create_spot_vit('spot_vit_large_patch16_in21k', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spot_vit_base_patch32_in21k(pretrained: bool = False, **kwargs: Any) -> SubpixelVisionTransformer:
-    """SPoT ViT-Base with windows of 32 px (SPoT-B/32), class token; starts from ImageNet-21k fine-tuned on 1k."""
-    model_args = dict(patch_size=32, embed_dim=768, depth=12, num_heads=12, init_values=1.0)
-    return _create_spot_vit('spot_vit_base_patch32_in21k', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spot_vit_large_patch16_mae(pretrained: bool = False, **kwargs: Any) -> SubpixelVisionTransformer:
-    """SPoT ViT-Large (SPoT-L/16), mean of the image tokens; starts from a masked autoencoder."""
-    model_args = dict(patch_size=16, embed_dim=1024, depth=24, num_heads=16, init_values=1.0, global_pool='avg')
-    return _create_spot_vit('spot_vit_large_patch16_mae', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spot_vit_pico_patch8_64(pretrained: bool = False, **kwargs: Any) -> SubpixelVisionTransformer:
-    """SPoT ViT-Pico with windows of 8 px on 64 px images, mean of the image tokens; its digit weights are inside."""
-    model_args = dict(
-        img_size=64, patch_size=8, embed_dim=128, depth=5, num_heads=4, init_values=1.0, global_pool='avg')
-    return _create_spot_vit('spot_vit_pico_patch8_64', pretrained=pretrained, **dict(model_args, **kwargs))
+torch.fx.wrap('given_or')  # a leaf of an FX graph, where it is not known what is given

@@ -82,7 +82,7 @@ def lock_output(out: Union[str, Path]) -> Iterator[None]:
             yield
         finally:
             record.unlink(missing_ok=True)
-    lock.unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
 
 
 class KeptParts:

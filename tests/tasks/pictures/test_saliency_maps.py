@@ -467,7 +467,7 @@ def test_prior_of_the_command_line(photos):
     def place(sampler, saliency, keywords=None):
         model = timm.create_model(PICO, num_classes=10, n_tokens=9, **(keywords or {})).eval()
         choose_prior(model, sampler, saliency, transform)(images, photos)
-        return model.patch_embed.sampler, model.place(images)
+        return model.placer.prior.sampler, model.place(images)
 
     own = dict(sampler='salient', saliency='spectral_residual')
     spectral = timm.create_model(PICO, num_classes=10, n_tokens=9, **own).eval().place(images)

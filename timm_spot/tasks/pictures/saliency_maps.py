@@ -160,13 +160,13 @@ def choose_prior(
     Raises:
         ValueError: An unknown sampler, or a saliency that the sampler has no use for.
     """
-    sampler = sampler or (model.patch_embed.sampler if saliency is None else 'salient')
+    sampler = sampler or (model.placer.prior.sampler if saliency is None else 'salient')
     if 'saliency' not in get_sampler(sampler).keywords:
         if saliency is not None:
             raise ValueError(f"saliency={saliency!r} is of no use to sampler={sampler!r}: 'salient' draws from it.")
         model.set_placement(sampler=sampler)
         return lambda images, paths: None
-    if saliency is None and model.patch_embed.saliency is not None:
+    if saliency is None and model.placer.prior.saliency is not None:
         model.set_placement(sampler=sampler)
         return lambda images, paths: None
     source = saliency_source(saliency or 'spectral', model, transform)

@@ -6,7 +6,7 @@ from typing import Optional, Union
 import torch
 from torch import nn
 
-from ...models.subpixel_embed import Saliency, compute_saliency, normalize_bytes
+from ...models.placement import Saliency, compute_saliency
 from ...ops.samplers import check_n_tokens, sample_positions
 from ...ops.windows import check_positions
 
@@ -26,13 +26,14 @@ def starting_positions(
         if n_tokens is not None and n_tokens != init.shape[-2]:
             raise ValueError(f'n_tokens={n_tokens}, but init of shape {tuple(init.shape)} has {init.shape[-2]} tokens.')
         return init.detach().expand(len(images), -1, -1).clone()
-    n_tokens = embed.budget(size) if n_tokens is None else n_tokens
+    prior = model.placer.prior
+    n_tokens = prior.budgets(size)[1] if n_tokens is None else n_tokens
     check_n_tokens(n_tokens)
-    saliency = embed.saliency if saliency is None else saliency
-    maps = compute_saliency(saliency, normalize_bytes(images, embed.mean, embed.std))
+    saliency = prior.saliency if saliency is None else saliency
+    maps = compute_saliency(saliency, embed.normalize(images))
     # Without a generator all images share one placement, as in a model in eval mode: drawn by its seed alone.
     shared = generator is None
-    generator = torch.Generator().manual_seed(embed.seed) if shared else generator
+    generator = torch.Generator().manual_seed(prior.seed) if shared else generator
     positions = sample_positions(init, n_tokens, size, 1 if shared else len(images), maps, generator, embed.window)
     return positions.to(images.device).expand(len(images), -1, -1).clone()
 

@@ -15,7 +15,8 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info
 from torch import nn
 
-from ...models.subpixel_embed import Saliency, SubpixelEmbed
+from ...models.placement import Saliency
+from ...models.subpixel_embed import SubpixelEmbed
 from ...ops.samplers import sample_positions
 from ...ops.windows import check_images
 from .draws import starting_positions

@@ -1,0 +1,336 @@
+"""Where tokens lie: priors, the modules that place tokens, and the registry of these.
+
+Paper: `SPoT: Subpixel Placement of Tokens in Vision Transformers` - https://arxiv.org/abs/2507.01654
+
+A `Placer` turns images (B, C, H, W) into positions (B, N, 2). `SampledPlacer` draws them by a registered sampler and
+looks at an image at most through its saliency; a network that looks for itself is a class of its own, see
+`register_placer`.
+"""
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import operator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from timm.models import register_notrace_module
+from torch import nn
+
+from ..ops.saliency import spectral_residual
+from ..ops.samplers import check_budgets, check_seed, derive_seed, get_sampler, lattice_shape, sample_positions
+
+Saliency = str | torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+SALIENCY_NAMES = {'spectral_residual': spectral_residual}  # a saved model can keep a name, not a function
+SAMPLED = 'sampled'  # the placer that a model has unless it is given another
+ImageSize = tuple[int, int]
+
+
+def compute_saliency(saliency: Saliency | None, images: torch.Tensor) -> torch.Tensor | None:
+    """Maps of images that a `saliency` keyword stands for: by name, by function, or as they are."""
+    if isinstance(saliency, str):
+        saliency = SALIENCY_NAMES[saliency]
+    return saliency(images) if callable(saliency) else saliency
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What a placer needs to know besides the images.
+
+    Attributes:
+        sampler: Spatial prior, see `timm_spot.list_samplers`.
+        n_tokens: Budget; None for the count of whole patches in each image, (low, high) for one drawn for each
+            training batch, log-uniformly: small budgets are as common as large ones.
+        seed: Of the placement that a model in eval mode gives every image, and of the random budgets.
+        saliency: 'spectral_residual', a function from images to maps, or a map (H, W) or (B, H, W), for samplers that
+            need one.
+        window: Side of a window in pixels.
+
+    Raises:
+        TypeError: A budget that is no whole number, a saliency that is nothing of the above.
+        ValueError: An unknown sampler or saliency, a sampler without the saliency it needs, a budget below 1 or a range
+            out of order, a seed out of range.
+    """
+
+    sampler: str = 'isotropic'
+    n_tokens: int | tuple[int, int] | None = None
+    seed: int = 0
+    saliency: Saliency | None = None
+    window: int = 16
+
+    def __post_init__(self) -> None:
+        if isinstance(self.n_tokens, (list, tuple)):
+            object.__setattr__(self, 'n_tokens', check_budgets(self.n_tokens))  # JSON and command lines give lists
+        elif self.n_tokens is not None:
+            check_budgets(self.n_tokens)
+        check_seed(self.seed)
+        saliency = self.saliency
+        if isinstance(saliency, str) and saliency not in SALIENCY_NAMES:
+            raise ValueError(f"saliency={saliency!r} is unknown, the names are {', '.join(SALIENCY_NAMES)}.")
+        if not (saliency is None or callable(saliency) or isinstance(saliency, (str, torch.Tensor))):
+            raise TypeError(
+                "saliency must be 'spectral_residual', a function from images to maps or a map of shape (B, H, W), "
+                f'got {saliency!r}.')
+        if self.needs_saliency and saliency is None:
+            raise ValueError(
+                f"sampler={self.sampler!r} needs a saliency map: pass saliency='spectral_residual', a function from "
+                'images to maps, or a map of shape (B, H, W).')
+
+    @property
+    def needs_saliency(self) -> bool:
+        """Whether the sampler draws from a saliency map."""
+        return 'saliency' in get_sampler(self.sampler).keywords
+
+    @property
+    def draws_budget(self) -> bool:
+        """Whether the budget is drawn for each training batch."""
+        return isinstance(self.n_tokens, tuple) and self.n_tokens[0] < self.n_tokens[1]
+
+    def budgets(self, image_size: ImageSize) -> tuple[int, int]:
+        """Smallest and largest budget for images of (H, W) pixels."""
+        if self.n_tokens is None:
+            n = (image_size[0] // self.window) * (image_size[1] // self.window)
+            return n, n
+        return check_budgets(self.n_tokens)
+
+
+class _Plan(NamedTuple):
+    """All that a placement without a look at the image depends on; `dtype` is torch's default, which draws follow."""
+
+    sampler: str
+    n_tokens: int
+    image_size: ImageSize
+    window: int
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+@lru_cache(maxsize=256)
+def _carry_out(plan: _Plan) -> torch.Tensor:
+    """The placement (1, N, 2) of a plan."""
+    def draw() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(plan.seed)
+        return sample_positions(
+            plan.sampler, plan.n_tokens, plan.image_size, generator=generator, window=plan.window).to(plan.device)
+
+    # A thread of its own knows nothing of the caller's inference mode, default device or the fake tensors of
+    # torch.export, any of which would make the kept placement unusable for the next caller.
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(draw).result()
+
+
+@torch.compiler.assume_constant_result
+def _fixed_placement(
+        sampler: str, n_tokens: int, image_size: ImageSize, window: int, seed: int, device: torch.device,
+) -> torch.Tensor:
+    """The one placement (1, N, 2) that all images of a size share, a constant to `torch.compile`; a copy."""
+    return _carry_out(
+        _Plan(sampler, n_tokens, image_size, window, seed, device, torch.get_default_dtype())).clone()
+
+
+def _constant_size(images: torch.Tensor) -> ImageSize:
+    """(H, W) as numbers that a compiled program is made for: a fixed placement is another for another size."""
+    # `int` would leave them symbols to torch.compile, which constant functions refuse.
+    return operator.index(images.shape[-2]), operator.index(images.shape[-1])
+
+
+@register_notrace_module
+class Placer(nn.Module):
+    """Images to positions: the base of `SampledPlacer` and of placement networks of one's own.
+
+    Shapes: images (B, C, H, W), normalised, float32; positions (B, N, 2), (y, x) in [0, 1], with N = `budget((H, W))`.
+    An image's positions must not depend on its neighbours in the batch.
+
+    A subclass is registered by `timm_spot.register_placer`, built with the two priors, and calls this `__init__` with
+    them. It works in float32 whatever the precision of the model around it, since coarser coordinates misplace windows.
+
+    Args:
+        train_prior: What holds in train mode.
+        eval_prior: What holds in eval mode.
+
+    Attributes:
+        name: Under which it is registered.
+        batches: Training batches placed so far, by which the random budgets go.
+    """
+
+    name = ''
+
+    def __init__(self, train_prior: Prior, eval_prior: Prior) -> None:
+        super().__init__()
+        self.batches = 0
+        self.set_priors(train_prior, eval_prior)
+
+    def set_priors(self, train_prior: Prior, eval_prior: Prior) -> None:
+        """Change what holds in train mode and in eval mode."""
+        self.train_prior = train_prior
+        self.eval_prior = eval_prior
+
+    @property
+    def prior(self) -> Prior:
+        """What holds in the mode (train, eval) that the placer is in."""
+        return self.train_prior if self.training else self.eval_prior
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether positions depend on the pixels, not only on the images' size."""
+        return True
+
+    @property
+    def source(self) -> str:
+        """Who places the tokens, for messages."""
+        return f'placer {self.name!r}'
+
+    def budget(self, image_size: ImageSize) -> int:
+        """Tokens of each image of (H, W) pixels; in train mode those of this batch, where its budget is drawn.
+
+        The draw follows from the seed and the number of the batch, so that all processes draw the same.
+        """
+        low, high = self.prior.budgets(image_size)
+        if not (self.training and low < high):
+            return high
+        generator = torch.Generator().manual_seed(derive_seed(self.prior.seed, self.batches))
+        share = torch.rand((), generator=generator, dtype=torch.float64, device='cpu').item()
+        return min(high, int(low * ((high + 1) / low) ** share))
+
+    def lattice(self, image_size: ImageSize) -> tuple[int, int] | None:
+        """Rows and columns of the lattice on which the tokens of all images of (H, W) pixels lie, None without one."""
+        return None
+
+    def replaced(self, **changes: Any) -> Placer:
+        """A copy that shares the weights, with fields of both priors changed.
+
+        Example:
+            >>> placer = SampledPlacer(Prior(), Prior())
+            >>> placer.replaced(n_tokens=9).budget((64, 64)), placer.budget((64, 64))
+            (9, 16)
+        """
+        placer = copy.copy(self)
+        placer._modules = dict(self._modules)  # the modules are shared, the list of them is not
+        placer.set_priors(*(dataclasses.replace(prior, **changes) for prior in (self.train_prior, self.eval_prior)))
+        return placer
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        """Keep the weights in float32 where the model around them is cast to half precision."""
+        def cast(t: torch.Tensor) -> torch.Tensor:
+            out = fn(t)
+            return t.to(out.device) if t.is_floating_point() and out.dtype.itemsize < 4 else out
+
+        return super()._apply(cast, recurse)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError(f'{type(self).__name__} must define forward(images) -> positions (B, N, 2).')
+
+
+@register_notrace_module
+class SampledPlacer(Placer):
+    """Places tokens by a registered sampler.
+
+    In eval mode it draws once for its seed, budget and image size and gives every image that placement, so that an
+    image's placement never depends on its neighbours or on how often the model was called; in train mode it draws anew
+    for each image and call, from torch's global generator.
+    """
+
+    name = SAMPLED
+
+    def set_priors(self, train_prior: Prior, eval_prior: Prior) -> None:
+        super().set_priors(train_prior, eval_prior)
+        # A network that gives the maps is a part of the model: saved, moved and trained with it.
+        saliency = train_prior.saliency
+        self.saliency_network = saliency if isinstance(saliency, nn.Module) else None
+
+    @property
+    def reads_images(self) -> bool:
+        return self.prior.needs_saliency
+
+    @property
+    def source(self) -> str:
+        return f'sampler {self.prior.sampler!r}'
+
+    def lattice(self, image_size: ImageSize) -> tuple[int, int] | None:
+        prior = self.prior
+        if not get_sampler(prior.sampler).deterministic or (self.training and prior.draws_budget):
+            return None
+        n_tokens = operator.index(self.budget(image_size))
+        return lattice_shape(
+            _fixed_placement(prior.sampler, n_tokens, image_size, prior.window, prior.seed, torch.device('cpu')))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        B, size, prior = images.shape[0], _constant_size(images), self.prior
+        n_tokens = operator.index(self.budget(size))
+        if prior.needs_saliency:
+            maps = compute_saliency(prior.saliency, images)
+            generator = None if self.training else torch.Generator().manual_seed(prior.seed)
+            # One draw for a batch of maps shares its random numbers: each placement then depends on its map alone.
+            positions = sample_positions(
+                prior.sampler, n_tokens, size, B if self.training else 1, maps, generator, prior.window)
+            if positions.shape[0] not in (1, B):
+                raise ValueError(f'saliency of shape {tuple(maps.shape)} does not match a batch of {B} images.')
+        elif self.training and not get_sampler(prior.sampler).deterministic:
+            positions = sample_positions(prior.sampler, n_tokens, size, B, window=prior.window)
+        else:
+            positions = _fixed_placement(prior.sampler, n_tokens, size, prior.window, prior.seed, images.device)
+        return positions.to(images.device).expand(B, -1, -1)
+
+
+_PLACERS: dict[str, type[Placer]] = {SAMPLED: SampledPlacer}
+PlacerClass = TypeVar('PlacerClass', bound=type[Placer])
+
+
+def register_placer(name: str) -> Callable[[PlacerClass], PlacerClass]:
+    """Class decorator that registers a `Placer` under a name, for `placer=name` wherever `sampler=` can be given.
+
+    Args:
+        name: A name not yet taken.
+
+    Raises:
+        TypeError: The class is no `Placer`.
+        ValueError: The name is taken.
+
+    Example:
+        >>> import timm, timm_spot, torch
+        >>> @timm_spot.register_placer('brightest_row')
+        ... class BrightestRow(timm_spot.Placer):
+        ...     def forward(self, images):
+        ...         y = (images.mean(dim=(1, 3)).argmax(dim=1) + 0.5) / images.shape[2]
+        ...         n = self.budget(images.shape[-2:])
+        ...         x = (torch.arange(n, device=images.device) + 0.5) / n
+        ...         return torch.stack([y[:, None].expand(-1, n), x.expand(len(y), -1)], dim=-1)
+        >>> model = timm.create_model('spot_vit_pico_patch8_64', placer='brightest_row', n_tokens=4).eval()
+        >>> model.place(torch.zeros(1, 3, 64, 64))[0, 0].tolist()
+        [0.0078125, 0.125]
+    """
+    if name in _PLACERS:
+        raise ValueError(f'name={name!r} is already a placer, choose another name.')
+
+    def decorator(cls: PlacerClass) -> PlacerClass:
+        if not (isinstance(cls, type) and issubclass(cls, Placer)):
+            raise TypeError(f'placer {name!r} must be a subclass of timm_spot.Placer, got {cls!r}.')
+        cls.name = name
+        _PLACERS[name] = register_notrace_module(cls)
+        return cls
+
+    return decorator
+
+
+def list_placers() -> list[str]:
+    """Names of all placers, sorted."""
+    return sorted(_PLACERS)
+
+
+def get_placer(name: str) -> type[Placer]:
+    """Look up a placer.
+
+    Raises:
+        ValueError: Unknown name; the message lists the known ones.
+    """
+    if not isinstance(name, str) or name not in _PLACERS:
+        close = difflib.get_close_matches(str(name), _PLACERS, n=1)
+        hint = f' (did you mean {close[0]!r}?)' if close else ''
+        raise ValueError(f"placer={name!r} is unknown{hint}, the placers are {', '.join(list_placers())}.")
+    return _PLACERS[name]
