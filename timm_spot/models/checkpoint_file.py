@@ -176,8 +176,8 @@ def _read_saved(path: Path) -> Any:
             raise ValueError(f'{path} is a safetensors file: give it the suffix .safetensors.') from e
         if (protocol := _protocol(path, is_zip)) > 2:
             raise ValueError(
-                f'{path} is pickled by protocol {protocol}, of which only plain values can be read without running code. '
-                'Save it as torch.save does by default (pickle_protocol=2), or as safetensors.') from e
+                f'{path} is pickled by protocol {protocol}, which is not read: save it as torch.save does by default '
+                '(pickle_protocol=2), or as safetensors.') from e
         wrong = f'a damaged archive ({_reason(e)})' if is_zip and _reason(e) else _describe(path)
         raise ValueError(
             f"{path} cannot be read as a checkpoint: it is {wrong or 'cut off, damaged, or of another kind'}. "
