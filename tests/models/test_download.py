@@ -184,7 +184,6 @@ def test_without_a_connection_the_cache_serves_and_nothing_is_waited_for(server,
     gone.close()  # nobody listens at its address any more
     client = Client(gone, tmp_path, **(dict(HF_HUB_OFFLINE='1') if kind == 'offline' else {}))
     try:
-        client('import time')
         for repo in ('lab/cached', 'lab/pickled'):
             assert client(code, REPO=repo) == dict(result=repo)
         begin = time.monotonic()
@@ -196,7 +195,7 @@ def test_without_a_connection_the_cache_serves_and_nothing_is_waited_for(server,
         reply = client("timm.create_model('spot_vit_base_patch16_mae', pretrained=True, depth=1)")
         assert reply['error'] == 'ConnectionError'
         assert 'model.safetensors of timm/vit_base_patch16_224.mae' in reply['message']
-        assert time.monotonic() - begin < 15  # one try each; the client alone would wait for half a minute and more
+        assert time.monotonic() - begin < 20  # one try each; the client alone would wait for 23 s, twice
     finally:
         client.close()
 

@@ -127,7 +127,7 @@ def preprocessing(args: dict[str, Any], where: str) -> dict[str, Any]:
 def dataset_name(args: dict[str, Any]) -> str | None:
     """What the run was trained on, as one plain line for a model card."""
     name = args.get('dataset')
-    return re.sub(r'[^\w ./:+-]+', ' ', name)[:100].strip() or None if isinstance(name, str) else None
+    return ' '.join(re.sub(r'[^\w./:+-]+', ' ', name).split())[:100] or None if isinstance(name, str) else None
 
 
 _REMEDY = 'Give the weights alone, and whose they are as model= (--model).'
