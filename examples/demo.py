@@ -10,7 +10,8 @@ import timm
 import torch
 
 import timm_spot
-from timm_spot.tasks.pictures.images import denormalize, find_images, load_image, model_transform
+from timm_spot.tasks.pictures.files import find_images
+from timm_spot.tasks.pictures.images import denormalize, load_image, model_transform
 
 plt.switch_backend('Agg')
 HERE = Path(__file__).parent

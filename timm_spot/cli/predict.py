@@ -2,115 +2,156 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from typing import Optional, Tuple
+from typing import Any, Callable
 
 import click
 import timm
 import torch
 from torch import nn
 
-import timm_spot
-
 from ..tasks import predict as prediction
-from ..tasks.pictures import images as pictures
+from ..tasks.drawing.figure import check_figure
+from ..tasks.drawing.kinds import KINDS, Settings, Subject
+from ..tasks.evaluation.families import name_patterns
+from ..tasks.pictures.datasets import Pictures
+from ..tasks.pictures.files import printable
+from ..tasks.pictures.images import model_transform
 from .common import (
-    BATCH_SIZE,
-    DEFAULT_MODEL,
-    NAMES,
     clean_errors,
-    create_model,
-    is_dht,
+    create_placed_model,
+    kinds_of,
     main,
-    saliency_option,
-    save_figure,
+    report_broken,
     set_prior,
+    warn_of_foreign,
 )
+from .options import (
+    DEFAULT_MODEL,
+    amp_option,
+    batch_size_option,
+    device_option,
+    model_option,
+    n_tokens_option,
+    placer_option,
+    saliency_option,
+    sampler_option,
+    seed_option,
+    weights_option,
+)
+from .params import COUNT, OutputFile
+from .progress import show_progress
 
 
 @main.command()
 @click.argument('images', nargs=-1, required=True)
-@click.option('--model', 'name', default=DEFAULT_MODEL, show_default=True, help='Name, hf-hub:ID or local-dir:PATH.')
-@click.option('--n-tokens', type=int, help='Budget; by default that of the model.')
-@click.option('--sampler', help='Spatial prior that places the tokens; by default that of the model.')
+@model_option(default=DEFAULT_MODEL, show_default=True)
+@weights_option
+@n_tokens_option
+@sampler_option
 @saliency_option
-@click.option('--topk', type=click.IntRange(min=1), default=5, show_default=True, help='Classes for each picture.')
-@click.option('--weights', type=click.Path(), help="Checkpoint: timm_spot's, the authors' or a timm ViT's.")
+@placer_option
+@seed_option()
+@click.option('--topk', type=COUNT, default=5, show_default=True, help='Classes for each picture.')
 @click.option('--json', 'as_json', is_flag=True, help='Print one JSON list instead of lines.')
-@click.option('--save-placement', type=click.Path(path_type=Path), metavar='PNG',
-              help='Save the picture with its windows; with several pictures PNG-<picture>.png for each.')
+@click.option('--save-placement', type=OutputFile(), metavar='PNG',
+              help='Save the picture with its windows, as .png, .svg, .pdf ...; of several pictures NAME-<picture>.png '
+                   'for each, numbered where two have one name.')
+@batch_size_option()
+@device_option
+@amp_option
 def predict(
-        images: Tuple[str, ...],
+        images: tuple[str, ...],
         name: str,
-        n_tokens: Optional[int],
-        sampler: Optional[str],
-        saliency: Optional[str],
-        topk: int,
-        weights: Optional[str],
         as_json: bool,
-        save_placement: Optional[Path],
+        save_placement: Path | None,
+        **given: Any,
 ) -> None:
-    """Print the most probable classes of IMAGES (files, folders, globs).
+    """Print the most probable classes of IMAGES (files, folders, tars, globs, or a data set by name).
 
-    A file that is no picture is reported on standard error, the others are still predicted, and the exit status is 1.
+    A file that is no picture, or is not there, is reported at the end on standard error; the others are still
+    predicted, and the exit status is 1.
     """
     with clean_errors():
-        files = pictures.find_images(images)
-        model = create_model(name, weights, n_tokens=n_tokens)
-        transform, names = pictures.model_transform(model), prediction.class_names(model)
-        set_saliency = set_prior(model, sampler, saliency, transform)
-        results, broken = [], []
-        with click.progressbar(length=len(files), file=sys.stderr, label='predict') as bar:
-            for start in range(0, len(files), BATCH_SIZE):
-                loaded = []
-                for file in files[start:start + BATCH_SIZE]:
-                    try:
-                        loaded.append((file, pictures.load_image(file, transform)))
-                    except ValueError as e:
-                        broken.append(str(e))
-                    bar.update(1)
-                if not loaded:
-                    continue
-                batch = torch.stack([image for _, image in loaded])
-                set_saliency(batch, [file for file, _ in loaded])
-                scores = prediction.predict(model, batch, names, topk)
-                results += [(file, row) for (file, _), row in zip(loaded, scores)]
-                if save_placement is not None:
-                    for file, image in loaded:
-                        _draw_placement(model, image, _picture_path(save_placement, file, len(files)))
+        if save_placement is not None:
+            save_placement = save_placement if save_placement.suffix else save_placement.with_suffix('.png')
+            check_figure(save_placement)
+        pictures = Pictures(images)
+        broken, results = list(pictures.broken), []
+        if len(pictures) or pictures.is_stream:
+            results = _predict(pictures, broken, name, save_placement, **given)
     if as_json:
         click.echo(json.dumps(
-            [dict(file=str(file), classes=[score._asdict() for score in row]) for file, row in results], indent=1))
+            [dict(file=file, classes=[score._asdict() for score in row]) for file, row in results], indent=1))
     else:
         for file, row in results:
-            click.echo(f'{file}  ' + '  '.join(f'{score.name} {score.probability:.1%}' for score in row))
-    for message in broken:
-        click.secho(f'error: {message}', fg='red', err=True)
-    if broken:
-        raise SystemExit(1)
+            scores = '  '.join(f'{score.name} {score.probability:.1%}' for score in row)
+            click.echo(f'{printable(file)}  {scores}')
+    report_broken(broken)
 
 
-def _picture_path(path: Path, file: Path, n_files: int) -> Path:
-    return path if n_files == 1 else path.with_name(f'{path.stem}-{file.stem}.png')
+def _predict(
+        pictures: Pictures,
+        broken: list[str],
+        name: str,
+        save_placement: Path | None,
+        topk: int,
+        batch_size: int,
+        sampler: str | None,
+        saliency: str | None,
+        device: str,
+        amp: str | None,
+        **given: Any,
+) -> list[tuple[str, list[prediction.ClassScore]]]:
+    """Names and classes of all pictures that can be read; what is wrong with the others goes into `broken`."""
+    model = create_placed_model(name, device=device, sampler=sampler, saliency=saliency, **given)
+    names = prediction.class_names(model)
+    set_saliency = set_prior(model, sampler, saliency, model_transform(model))
+    draw = None if save_placement is None else _placement_drawer(model, save_placement, len(pictures) != 1)
+    results, foreign = [], []
+    with show_progress(len(pictures), 'predict') as progress:
+        for batch in prediction.read_batches(pictures, model, batch_size, broken):
+            images = batch.images.to(device)
+            set_saliency(images, batch.names)
+            with torch.autocast(images.device.type, amp and getattr(torch, amp), enabled=amp is not None):
+                results += zip(batch.names, prediction.predict(model, images, names, topk))
+            foreign += batch.foreign
+            for file, image in zip(batch.names, images.split(1)) if draw else ():
+                set_saliency(image, [file])
+                draw(file, Subject(model, image))
+            progress.update(len(batch.names))
+    warn_of_foreign(foreign)
+    return results
 
 
-def _draw_placement(model: nn.Module, image: torch.Tensor, path: Path) -> None:
-    """Draw the windows, or the regions, that a model takes as the tokens of an image (3, H, W)."""
-    picture = pictures.denormalize(model, image)
-    if is_dht(model):
-        figure = timm_spot.draw_regions(picture, model.segment(image[None]).segmentation[0]).figure
-    else:
-        embed, positions = model.patch_embed, model.place(image[None])
-        figure = timm_spot.draw_placement(picture, positions, embed.window, convention=embed.convention).figure
-    save_figure(figure, path)
+def _placement_drawer(model: nn.Module, path: Path, several: bool) -> Callable[[str, Subject], None]:
+    """What draws where a model's tokens lie, for the file of a picture."""
+    kind, used = KINDS[kinds_of(model)[0]], set()
+
+    def draw(file: str, subject: Subject) -> None:
+        kind.write(subject, Settings(), _picture_path(path, file, several, used))
+
+    return draw
+
+
+def _picture_path(path: Path, file: str, several: bool, used: set[str]) -> Path:
+    """Where the placement of a picture goes: a file of its own."""
+    if not several:
+        return path
+    stem = f'{path.stem}-{printable(Path(file).stem)}'
+    chosen, count = stem, 1
+    while chosen.casefold() in used:
+        count += 1
+        chosen = f'{stem}-{count}'
+    used.add(chosen.casefold())
+    return path.with_name(chosen + path.suffix)
 
 
 @main.command()
 def models() -> None:
     """List names, tags, parameters and where the weights come from."""
     rows = [('model', 'tag', 'parameters', 'weights')]
-    for name in timm.list_models(NAMES):
+    for name in timm.list_models(name_patterns()):
         parameters = sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
         for tagged in timm.list_models(f'{name}.*', include_tags=True) or [name]:
             cfg = timm.get_pretrained_cfg(tagged)

@@ -41,3 +41,8 @@ def format_intermediates(
     if return_prefix_tokens:
         intermediates = list(zip(intermediates, prefix_tokens))
     return intermediates if last is None else (last, intermediates)
+
+
+def tokens_to_map(tokens: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+    """Tokens (B, N, D) of a lattice of `size` rows and columns to a map (B, D, rows, columns)."""
+    return tokens.transpose(1, 2).unflatten(2, size).contiguous()

@@ -105,7 +105,7 @@ def make_priors(
         TypeError, ValueError: As `Prior`; `eval_n_tokens` that is no single budget.
     """
     default = Prior()
-    budget = tuple(n_tokens) if isinstance(n_tokens, Sequence) else n_tokens
+    budget = tuple(n_tokens) if isinstance(n_tokens, list) else n_tokens  # JSON has no tuples
     train = Prior(
         sampler=default.sampler if sampler is None else sampler,
         n_tokens=budget,  # type: ignore[arg-type]  # of two numbers, which `Prior` checks
@@ -115,7 +115,7 @@ def make_priors(
     )
     if eval_n_tokens is None:
         largest = None if train.n_tokens is None else check_budgets(train.n_tokens)[1]
-    elif isinstance(eval_n_tokens, Sequence):
+    elif isinstance(eval_n_tokens, (list, tuple)):
         raise TypeError(f'eval_n_tokens={eval_n_tokens!r} must be one budget: only training draws budgets.')
     else:
         largest = eval_n_tokens

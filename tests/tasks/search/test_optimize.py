@@ -8,13 +8,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import SMALL
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from timm.layers import set_reentrant_ckpt, use_reentrant_ckpt
 
 from timm_spot import OracleResult, optimize_positions, sample_positions
 from timm_spot.tasks.pictures.digits import draw_canvases, load_digits, to_input
-from timm_spot.tasks.search.optimize import _reflect
 
 
 @pytest.fixture
@@ -221,14 +218,6 @@ def test_bounds(tiny, images, bounds):
         result.trajectory[0, 0, 1, 1].item(), dict(none=1.1, clamp=1., reflect=0.9)[bounds], rtol=0, atol=1e-6)
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.floats(-6, 6, width=32))
-def test_reflection_is_a_triangle_wave(x):
-    period = x % 2
-    expected = period if period <= 1 else 2 - period
-    assert abs(_reflect(torch.tensor([x])).item() - expected) < 1e-5
-
-
 def test_finished_images_leave_the_batch(tiny, images):
     sizes = []
     hook = tiny.patch_embed.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
@@ -303,41 +292,6 @@ def test_activation_checkpointing_gives_the_same_result(tiny, images, reentrant)
         set_reentrant_ckpt(before)
 
 
-def test_saved_result_comes_back(tiny, images, tmp_path):
-    file = tmp_path / 'result.safetensors'
-    for targets in (TARGETS, None):
-        result = optimize_positions(tiny, images, targets, n_tokens=4, steps=1, objective='entropy')
-        result.to_safetensors(file)
-        assert_same(result, OracleResult.from_safetensors(file))
-        assert [f.name for f in tmp_path.iterdir()] == [file.name]
-    with pytest.raises(FileNotFoundError):
-        OracleResult.from_safetensors(tmp_path / 'none.safetensors')
-    from safetensors.torch import save_file
-    save_file(dict(positions=torch.zeros(1, 1, 2)), file)
-    with pytest.raises(ValueError, match=r"no oracle result: it lacks \['losses'"):
-        OracleResult.from_safetensors(file)
-
-
-def test_concat_refuses_what_does_not_fit(tiny, images):
-    a = optimize_positions(tiny, images, TARGETS, n_tokens=4, steps=1)
-    b = optimize_positions(tiny, images, TARGETS, n_tokens=5, steps=1)
-    assert OracleResult.concat([a, a]).positions.shape == (8, 4, 2)
-    with pytest.raises(ValueError, match='results differ'):
-        OracleResult.concat([a, b])
-    with pytest.raises(ValueError, match='results is empty'):
-        OracleResult.concat([])
-
-
-def test_snap_finds_the_nearest_patch_centre(tiny, images):
-    places = torch.tensor([[[0.1, 0.9], [0.26, 0.5], [-0.3, 1.4], [1., 0.]]])
-    result = optimize_positions(tiny, images[:1], TARGETS[:1], init=places, steps=0)
-    expected = torch.tensor([[[0.125, 5 / 6], [0.375, 0.5], [0.125, 5 / 6], [0.875, 1 / 6]]])
-    torch.testing.assert_close(result.snap((4, 3)), expected)
-    torch.testing.assert_close(result.snap(1), torch.full((1, 4, 2), 0.5))
-    with pytest.raises(ValueError, match='at least one row'):
-        result.snap(0)
-
-
 def test_nan_names_the_image(tiny, images):
     images[2, 0, 32, 32] = math.nan
     with pytest.raises(ValueError, match='the loss of image 2 is nan at step 0'):
@@ -364,6 +318,12 @@ def test_nan_names_the_image(tiny, images):
     (dict(init=torch.rand(3, 9, 2)), ValueError, r'positions must have shape \(4, N, 2\)'),
     (dict(init=torch.rand(4, 9, 2), n_tokens=8), ValueError, 'n_tokens=8, but init'),
     (dict(n_tokens=0), ValueError, 'n_tokens=0'),
+    (dict(n_tokens=10 ** 12), ValueError, 'n_tokens=1000000000000 is more than the 4096 pixels'),
+    (dict(init=224. * torch.rand(4, 9, 2)), ValueError, 'lies mostly outside .*: positions are .* in .0, 1.. Divide'),
+    (dict(init='sampled_by_me'), ValueError, "'sampled_by_me' is unknown"),
+    (dict(images=torch.rand(4, 1, 64, 64)), ValueError, r'\(4, 1, 64, 64\) have 1 channels, the model takes 3'),
+    (dict(tol=math.nan), ValueError, 'tol=nan must be a finite number'),
+    (dict(lr=math.inf), ValueError, 'lr=inf'),
     (dict(images=torch.rand(0, 3, 64, 64)), ValueError, 'hold no image'),
     (dict(model=torch.nn.Identity()), TypeError, 'subpixel ViT'),
 ])

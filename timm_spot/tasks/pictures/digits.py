@@ -7,17 +7,18 @@ tokens lie; the shipped `spot_vit_pico_patch8_64.digits` is trained on them.
 from __future__ import annotations
 
 import math
-from typing import Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .images import model_normalization, picture_channels
+
 CANVAS = 64
 _STROKES = 4
 
 
-def load_digits(split: str) -> Tuple[torch.Tensor, torch.Tensor]:
+def load_digits(split: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Scanned digits of one split; every fifth digit is held out.
 
     Args:
@@ -87,6 +88,5 @@ def draw_canvases(digits: torch.Tensor, generator: torch.Generator, distort: boo
 
 
 def to_input(canvases: torch.Tensor, model: nn.Module) -> torch.Tensor:
-    """Canvases (B, 64, 64) of uint8 to the input (B, 3, 64, 64) that a model's own transform makes of such pictures."""
-    mean, std = model.pretrained_cfg['mean'][0], model.pretrained_cfg['std'][0]
-    return ((canvases.float() / 255 - mean) / std)[:, None].expand(-1, 3, -1, -1)
+    """Canvases (B, 64, 64) of uint8 to the input (B, C, 64, 64) that a model's own transform makes of such pictures."""
+    return model_normalization(model)(canvases[:, None].expand(-1, picture_channels(model), -1, -1))

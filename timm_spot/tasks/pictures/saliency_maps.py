@@ -3,27 +3,30 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import resolve_model_data_config
 from torch import nn
+from torchvision.transforms import Grayscale
 
 from ...models.attention_saliency import attention_saliency
 from ...models.loading import create_checked
+from ...models.placement import SampledPlacer
 from ...ops.saliency import normalize_saliency, spectral_residual
 from ...ops.samplers import get_sampler
+from .files import open_regular, printable
+from .images import model_normalization, picture_size, read_grey
 
-SaliencySource = Callable[[torch.Tensor, Sequence[Union[str, Path]]], torch.Tensor]
+SaliencySource = Callable[[torch.Tensor, Sequence[str | Path]], torch.Tensor]
 _SUFFIXES = ('.npy', '.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 
 
 def load_saliency(
-        folder: Union[str, Path],
-        images: Sequence[Union[str, Path]],
+        folder: str | Path,
+        images: Sequence[str | Path],
         transform: Callable[[Image.Image], torch.Tensor],
 ) -> torch.Tensor:
     """Saliency maps of images from a folder that holds one file with the stem of each.
@@ -48,7 +51,7 @@ def load_saliency(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f'folder={str(folder)!r} is no folder of saliency maps.')
-    found: Dict[str, List[Path]] = defaultdict(list)
+    found: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in _SUFFIXES:
             found[path.stem].append(path)
@@ -64,9 +67,7 @@ def load_saliency(
         files = found[image.stem]
         if len(files) > 1:
             raise ValueError(f"{image.name} has several saliency maps: {', '.join(map(str, files))}.")
-        with Image.open(image) as opened:
-            size = opened.size
-        maps.append(_transform_map(_read_map(files[0]), size, transform))
+        maps.append(_transform_map(_read_map(files[0]), picture_size(image), transform))
         if not maps[-1].sum() > 0:
             raise ValueError(f'saliency map {files[0]} is zero wherever the model looks: nowhere to place a token.')
     return normalize_saliency(torch.stack(maps))
@@ -74,14 +75,17 @@ def load_saliency(
 
 def _read_map(path: Path) -> np.ndarray:
     if path.suffix.lower() == '.npy':
-        values = np.load(path, allow_pickle=False)
+        try:
+            with open_regular(path) as file:
+                values = np.lib.format.read_array(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError, SyntaxError, MemoryError) as e:
+            raise ValueError(f'saliency map {printable(path)} is no array that can be read: {e}.') from e
     else:
-        with Image.open(path) as picture:
-            # Colour pictures count by their brightness; 16-bit and float ones are read as they are.
-            grey = picture if picture.mode in ('F', 'I') or picture.mode.startswith('I;16') else picture.convert('L')
-            values = np.asarray(grey)
-    if values.ndim != 2 or values.size == 0:
-        raise ValueError(f'saliency map {path} has shape {values.shape}, expected (height, width).')
+        values = read_grey(path)
+    if values.ndim != 2 or values.size == 0 or values.dtype.kind not in 'buif':
+        raise ValueError(
+            f'saliency map {path} has shape {values.shape}, expected (height, width), of {values.dtype}, expected '
+            'numbers.')
     values = values.astype(np.float32)
     if not np.isfinite(values).all():
         raise ValueError(f'saliency map {path} holds NaN or infinity.')
@@ -93,12 +97,14 @@ def _read_map(path: Path) -> np.ndarray:
 
 def _transform_map(
         values: np.ndarray,
-        size: Tuple[int, int],
+        size: tuple[int, int],
         transform: Callable[[Image.Image], torch.Tensor],
 ) -> torch.Tensor:
     """Take a map through what happens to its image of (width, height) pixels before that is a tensor."""
     picture = Image.fromarray(values).resize(size, Image.Resampling.BILINEAR)
     for step in transform.transforms:
+        if isinstance(step, Grayscale):
+            continue  # has one channel, and its values are no colours
         if hasattr(step, 'fill'):
             step = copy.copy(step)
             step.fill = 0
@@ -126,13 +132,13 @@ def saliency_source(source: str, model: nn.Module, transform: Callable[[Image.Im
     kind, _, name = source.partition(':')
     if kind == 'attention':
         vit = create_checked(name, pretrained=True).eval()
-        ours, its = resolve_model_data_config(model), resolve_model_data_config(vit)
+        ours, its = model_normalization(model), model_normalization(vit)
 
-        def attend(images: torch.Tensor, paths: Sequence[Union[str, Path]]) -> torch.Tensor:
-            our_mean, our_std, its_mean, its_std = (
-                images.new_tensor(value)[:, None, None]
-                for value in (ours['mean'], ours['std'], its['mean'], its['std']))
-            return attention_saliency(vit.to(images.device), (images * our_std + our_mean - its_mean) / its_std)
+        def attend(images: torch.Tensor, paths: Sequence[str | Path]) -> torch.Tensor:
+            pictures = ours.undo(images)
+            if len(ours.mean) != len(its.mean):  # one of the two reads grey
+                pictures = pictures.mean(dim=1, keepdim=True).expand(-1, len(its.mean), -1, -1)
+            return attention_saliency(vit.to(images.device), its(pictures))
 
         return attend
     if not Path(source).is_dir():
@@ -142,10 +148,10 @@ def saliency_source(source: str, model: nn.Module, transform: Callable[[Image.Im
 
 def choose_prior(
         model: nn.Module,
-        sampler: Optional[str],
-        saliency: Optional[str],
+        sampler: str | None,
+        saliency: str | None,
         transform: Callable[[Image.Image], torch.Tensor],
-) -> Callable[[torch.Tensor, Sequence[Union[str, Path]]], None]:
+) -> Callable[[torch.Tensor, Sequence[str | Path]], None]:
     """Give a model the prior that a command line asks for.
 
     Args:
@@ -158,8 +164,14 @@ def choose_prior(
         A function to call with each batch (images, files) before the model: it gives the model the batch's maps.
 
     Raises:
-        ValueError: An unknown sampler, or a saliency that the sampler has no use for.
+        ValueError: An unknown sampler, a saliency that the sampler has no use for, or either for a model whose placer
+            looks for itself.
     """
+    if not isinstance(model.placer, SampledPlacer):
+        if sampler is not None or saliency is not None:
+            raise ValueError(
+                f'sampler={sampler!r} and saliency={saliency!r} are of no use: {model.placer.source} places tokens.')
+        return lambda images, paths: None
     sampler = sampler or (model.placer.prior.sampler if saliency is None else 'salient')
     if 'saliency' not in get_sampler(sampler).keywords:
         if saliency is not None:

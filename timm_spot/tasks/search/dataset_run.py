@@ -1,202 +1,262 @@
-"""The oracle over a whole dataset, resumable: parts are written as it goes, a restart does only what is missing.
+"""The oracle over a whole data set, resumable: parts are written as it goes, a restart does only what is missing.
 
-A part is a batch of images that are neighbours in the dataset. It is written whole or not at all, and depends on
-nothing but the settings, so a run that was killed ends with the same bytes as one that was not.
+A part is a batch of images that are neighbours in the data set. It is written whole or not at all, and depends on
+nothing but the plan's key, so a run that was killed ends with the same bytes as one that was not, on the same processor
+with the same number of threads.
 """
 from __future__ import annotations
 
 import json
-import shutil
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
-from safetensors import safe_open
-from timm.data import create_dataset
-from timm.data.readers.reader_image_folder import ReaderImageFolder
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
-from ..kept import weights_digest
-from ..pictures.images import load_image, model_transform
-from ..pictures.saliency_maps import saliency_source
+from ..kept import KeptParts, check_key, check_output, lock_output, remove_leftovers, whole_file
+from ..pictures.datasets import Pictures
+from ..pictures.images import PictureError
+from ..pictures.saliency_maps import SaliencySource, saliency_source
 from .draws import draw_placements
 from .optimize import optimize_positions
+from .plan import Plan, make_plan
 from .result import OracleResult
+from .settings import Search
 
 _HEADER = 'timm_spot'
-
-
-def open_dataset(
-        model: nn.Module,
-        root: Optional[str],
-        name: str = '',
-        split: str = 'validation',
-        class_map: str = '',
-) -> Tuple[Dataset, bool]:
-    """A dataset with the model's evaluation transform, and whether it has labels for that model.
-
-    A folder has labels when its pictures lie in as many subfolders as the model has classes, or a class map tells which
-    is which.
-
-    Args:
-        model: The model that will see the images.
-        root: Folder of the pictures or of the dataset.
-        name: As in timm's `create_dataset`, '' for a folder of pictures.
-        split: As there.
-        class_map: File of class names, one a line in the order of the classes (folders only).
-
-    Raises:
-        FileNotFoundError: There is no such folder.
-    """
-    if not name and not Path(root).exists():
-        raise FileNotFoundError(f'there is no folder {root}.')
-    dataset = create_dataset(name, root=root, split=split, class_map=class_map)
-    transform = model_transform(model)
-    reader = getattr(dataset, 'reader', dataset)
-    classes = getattr(reader, 'class_to_idx', None)
-    labels = bool(class_map) or not classes or len(classes) == model.num_classes
-    if isinstance(reader, ReaderImageFolder):
-        return _Pictures(reader, transform), labels
-    dataset.transform = transform
-    return dataset, labels
-
-
-class _Pictures(Dataset):
-    """A folder of pictures; timm's own dataset puts the next one into the place of one that cannot be read."""
-
-    def __init__(self, reader: ReaderImageFolder, transform: Callable[[Image.Image], torch.Tensor]) -> None:
-        self.samples = reader.samples
-        self.names = reader.filenames()
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Tuple[torch.Tensor, int]:
-        path, target = self.samples[index]
-        return load_image(Path(path), self.transform), target
+_OF_ROWS = ('images', 'broken')  # entries of the header of a result that are not of the key
+Progress = Callable[[int], Any]
 
 
 def run_oracle(
         model: nn.Module,
-        dataset: Dataset,
-        out: Union[str, Path],
+        pictures: Pictures,
+        out: str | Path,
         *,
-        labels: bool = True,
         init: str = 'isotropic',
-        saliency: Optional[str] = None,
-        n_tokens: Optional[int] = None,
-        batch_size: int = 32,
+        saliency: str | None = None,
+        n_tokens: int | None = None,
         seed: int = 0,
+        batch_size: int = 32,
         workers: int = 0,
-        progress: Optional[Callable[[int], None]] = None,
+        skip_broken: bool = False,
+        progress: Progress = lambda count: None,
         **search: Any,
 ) -> OracleResult:
-    """Search the placement of every image of a dataset; continues where an earlier run with the same `out` ended.
+    """Search the placement of every image of a data set; continues where an earlier run with the same `out` ended.
 
-    Parts lie in the folder `<out>.parts` until all are done; then they are joined into `out` and removed. The header
-    of `out` holds the settings and, for a folder of pictures, their names, one for each row.
+    Everything is checked before anything is written. Parts lie in the folder `<out>.parts` until all are done; then
+    they are joined into `out` and removed. The header of `out` holds the key, the names of the pictures, one for each
+    row (their number, where they are no files), and what is wrong with those left out.
 
     Args:
-        model: A subpixel ViT, on the device to use.
-        dataset: Of (image (C, H, W), label) pairs, all of one size.
+        model: A subpixel ViT in eval mode, on the device to use.
+        pictures: The data set. Its labels are used where they are the model's classes.
         out: The safetensors file to write, see `OracleResult`.
-        labels: Whether the dataset's labels are used.
-        init: Sampler of the start; stochastic ones draw for each image by `seed` and its index in the dataset.
+        init: Sampler of the start, or the name of the model's own placer. Stochastic samplers draw for each image by
+            `seed` and its number in the data set.
         saliency: Where the maps of a salient `init` come from, see `saliency_source`; by default the model's own.
         n_tokens: Budget, by default the model's.
-        batch_size: Images searched at a time, and the size of a part.
         seed: For stochastic samplers.
+        batch_size: Images searched at a time, and the size of a part.
         workers: Processes that read pictures.
-        progress: Called with the number of images whenever some are done, or found done.
-        **search: For `optimize_positions`; must be plain values, no functions or tensors.
+        skip_broken: Leave out pictures that cannot be read; else they are an error.
+        progress: Called with the number of pictures whenever some are done, or found done.
+        **search: Of `Search`; plain values, no functions.
 
     Returns:
         The result of all images, as written.
 
     Raises:
-        ValueError: `out` or its parts come from other settings (names which), an empty dataset, or any error of
-            `optimize_positions`.
+        ValueError: `out` or its parts are of another key (names what differs) or damaged; a picture that cannot be
+            read; whatever is wrong with the arguments; any error of `optimize_positions`.
+        BlockingIOError: Another run writes to `out`.
+        OSError: `out` cannot be written.
     """
     out = Path(out)
-    parts = out.with_name(f'{out.name}.parts')
-    count = len(dataset)
-    if not count:
-        raise ValueError('dataset is empty, or does not know its length.')
-    settings = dict(
-        model=model.pretrained_cfg.get('architecture'), weights=weights_digest(model),
-        images=getattr(dataset, 'names', count),
-        transform=repr(getattr(dataset, 'transform', None)), labels=labels, init=init, saliency=saliency,
-        n_tokens=n_tokens, batch_size=batch_size, seed=seed, search=search)
-    settings = json.loads(json.dumps(settings, default=str))
-    if out.exists():
-        with safe_open(out, 'pt') as file:
-            _check_settings(out, json.loads((file.metadata() or {}).get(_HEADER, '{}')), settings)
-    else:
-        parts.mkdir(parents=True, exist_ok=True)
-        record = parts / 'settings.json'
-        if record.exists():
-            _check_settings(parts, json.loads(record.read_text()), settings)
-        else:
-            partial = record.with_suffix('.tmp')
-            partial.write_text(json.dumps(settings))
-            partial.replace(record)
-
-        files = [parts / f'{first:09d}.safetensors' for first in range(0, count, batch_size)]
-        missing = [i for i, file in enumerate(files) if not file.exists()]
-        if progress is not None:
-            progress(count - sum(min(batch_size, count - i * batch_size) for i in missing))
-        device = next(model.parameters()).device
-        read_maps = saliency_source(saliency, model, model_transform(model)) if saliency else None
-        for i, images, targets in _batches(dataset, batch_size, missing, workers):
-            images, first = images.to(device), i * batch_size
-            maps = None
-            if read_maps is not None:
-                maps = read_maps(images, _paths(dataset, first, len(images)))
-            start = draw_placements(
-                model, images, init, n_tokens, maps, torch.arange(first, first + len(images)), seed)
-            try:
-                result = optimize_positions(model, images, targets if labels else None, init=start, **search)
-            except ValueError as e:
-                raise ValueError(f'in the batch whose image 0 is number {first} of the dataset: {e}') from e
-            result.to_safetensors(files[i])
-            if progress is not None:
-                progress(len(images))
-        # The header holds one entry: the order of several would vary.
-        joined = OracleResult.concat([OracleResult.from_safetensors(file) for file in files])
-        joined.to_safetensors(out, metadata={_HEADER: json.dumps(settings)})
-    if parts.exists():
-        shutil.rmtree(parts)
+    check_output(out)
+    plan = make_plan(model, pictures, Search(**search), init, saliency, n_tokens, seed, batch_size)
+    if not skip_broken:
+        _refuse(pictures.broken)
+    parts = KeptParts(out.with_name(f'{out.name}.parts'), plan.key())
+    if not out.exists():
+        read_maps = saliency_source(saliency, model, plan.transform) if saliency is not None else None
+        with lock_output(out):
+            if not out.exists():  # else another run has just ended
+                remove_leftovers(out.parent, out.name)
+                parts.open()
+                try:
+                    count = _make_parts(plan, parts, read_maps, workers, skip_broken, progress)
+                    _join(plan, parts, count, skip_broken, out)
+                finally:
+                    parts.remove_empty()
+    _check_result(out, parts.key, skip_broken)
+    if parts.folder.exists():
+        with lock_output(out):
+            parts.remove()
     return OracleResult.from_safetensors(out)
 
 
-def _batches(
-        dataset: Dataset,
-        batch_size: int,
-        wanted: List[int],
+def list_broken(out: str | Path) -> list[str]:
+    """What is wrong with the pictures that a result leaves out."""
+    return _read_header(Path(out)).get('broken', [])
+
+
+def _make_parts(
+        plan: Plan,
+        parts: KeptParts,
+        read_maps: SaliencySource | None,
         workers: int,
-) -> Iterator[Tuple[int, torch.Tensor, torch.Tensor]]:
-    """Batches by their number, in order; of a dataset without random access the others are read and passed over."""
-    if isinstance(dataset, IterableDataset):
-        batches = DataLoader(dataset, batch_size) if wanted else ()
-        for i, (images, targets) in enumerate(batches):
-            if i in wanted:
-                yield i, images, targets
+        skip_broken: bool,
+        progress: Progress,
+) -> int:
+    """Make what is missing, and count all parts."""
+    pictures, size = plan.pictures, plan.batch_size
+    count = -(-len(pictures) // size)
+    if pictures.is_stream:
+        count, missing, batches = 0, None, _read_stream(plan)
     else:
-        rows = [range(i * batch_size, min((i + 1) * batch_size, len(dataset))) for i in wanted]
-        for i, (images, targets) in zip(wanted, DataLoader(dataset, batch_sampler=rows, num_workers=workers)):
-            yield i, images, targets
+        missing = parts.missing(count)
+        progress(len(pictures) - sum(min(size, len(pictures) - b * size) for b in missing))
+        batches = _read(plan, missing, workers)
+    for b, loaded in batches:
+        count = max(count, b + 1)
+        if missing is not None or parts.is_missing(b):
+            if not skip_broken:
+                _refuse(one.broken for one in loaded)
+            _write_part(plan, parts.file(b), loaded, read_maps)
+        progress(len(loaded))
+    return count
 
 
-def _paths(dataset: Dataset, first: int, count: int) -> List[str]:
-    """Files of `count` images, by which a folder of maps finds theirs; other datasets than folders have none."""
-    return [path for path, _ in dataset.samples[first:first + count]] if isinstance(dataset, _Pictures) else []
+def _write_part(plan: Plan, file: Path, loaded: list[_Loaded], read_maps: SaliencySource | None) -> None:
+    """Search a batch, and write what was found of the pictures that could be read."""
+    good = [one for one in loaded if not one.broken]
+    header = dict(rows=[one.index for one in good], broken=[one.broken for one in loaded if one.broken])
+    # The header holds one entry: the order of several would vary.
+    metadata = {_HEADER: json.dumps(header)}
+    if good:
+        _search(plan, good, read_maps).to_safetensors(file, metadata)
+    else:
+        with whole_file(file) as partial:
+            save_file({}, partial, metadata)
 
 
-def _check_settings(where: Path, found: Dict[str, Any], settings: Dict[str, Any]) -> None:
-    differing = [key for key in settings if found.get(key) != settings[key]]
-    if differing:
+def _search(plan: Plan, good: list[_Loaded], read_maps: SaliencySource | None) -> OracleResult:
+    model = plan.model
+    images = torch.stack([one.image for one in good]).to(next(model.parameters()).device)
+    index = torch.tensor([one.index for one in good])
+    targets = torch.tensor([one.label for one in good]) if plan.labelled else None
+    maps = None
+    if read_maps is not None:
+        maps = read_maps(images, [plan.pictures.name(i) for i in index.tolist()])
+    try:
+        start = draw_placements(model, images, plan.init, plan.n_tokens, maps, index, plan.seed)
+        return optimize_positions(model, images, targets, init=start, **vars(plan.search))
+    except ValueError as e:
+        raise ValueError(f'in the batch whose image 0 is number {index[0]} of the data set: {e}') from e
+
+
+def _join(plan: Plan, parts: KeptParts, count: int, skip_broken: bool, out: Path) -> None:
+    """Join all parts to the result."""
+    rows: list[int] = []
+    broken = list(plan.pictures.broken)
+    results = []
+    for file in map(parts.file, range(count)):
+        header = _read_header(file, 'rows', 'broken')
+        rows += header['rows']
+        broken += header['broken']
+        if header['rows']:
+            results.append(OracleResult.from_safetensors(file))
+    if not skip_broken:
+        _refuse(broken)
+    if not results:
+        said = f': {broken[0]}' if broken else '.'
+        raise ValueError(f'data set {plan.pictures.source} holds no picture that can be read{said}')
+    header = dict(parts.key, images=_row_names(plan.pictures, rows), broken=broken)
+    OracleResult.concat(results).to_safetensors(out, {_HEADER: json.dumps(header)})
+
+
+def _row_names(pictures: Pictures, rows: list[int]) -> list[str] | int:
+    """Files of the pictures, as they are named in their folder or tar; the number of those that are no files."""
+    if not Path(pictures.source).exists():
+        return len(rows)
+    return [os.path.relpath(pictures.name(i), pictures.source) for i in rows]
+
+
+def _check_result(out: Path, key: dict[str, Any], skip_broken: bool) -> None:
+    """Raise ValueError unless a result is of this key, and leaves out no picture that it should hold."""
+    header = _read_header(out)
+    if 'weights' in header and 'pictures' not in header:
         raise ValueError(
-            f"{where} was made with other settings ({', '.join(differing)}): remove it, or write to another file.")
+            f'{out} was made by version 0.1, which did not record all that determines it. '
+            'OracleResult.from_safetensors reads it; to search anew, remove it or write to another file.')
+    check_key(out, {name: value for name, value in header.items() if name not in _OF_ROWS}, key)
+    if not skip_broken:
+        _refuse(header.get('broken', []))
+
+
+def _read_header(file: Path, *needed: str) -> dict[str, Any]:
+    """What the file of a result or a part says of itself."""
+    try:
+        with safe_open(file, 'pt') as opened:
+            header = json.loads((opened.metadata() or {})[_HEADER])
+        missing = set(needed) - set(header)
+    except (SafetensorError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f'{file} is damaged, or nothing of the oracle: remove it, or write to another file.') from e
+    if missing or not isinstance(header, dict):
+        raise ValueError(f"{file} does not say what it holds ({', '.join(missing)}): remove it.")
+    return header
+
+
+def _refuse(broken: Iterable[str]) -> None:
+    """Raise ValueError where a picture is broken."""
+    first = next(filter(None, broken), None)
+    if first is not None:
+        raise ValueError(f'{first} --skip-broken leaves such pictures out, and lists them.')
+
+
+class _Loaded(NamedTuple):
+    """A picture as the model takes it, or what is wrong with it."""
+
+    index: int
+    image: torch.Tensor | None
+    label: int
+    broken: str
+
+
+class _Transformed(Dataset):
+    def __init__(self, plan: Plan) -> None:
+        self.pictures, self.transform = plan.pictures, plan.transform
+
+    def __getitem__(self, index: int) -> _Loaded:
+        try:
+            picture, label = self.pictures[index]
+        except PictureError as e:
+            return _Loaded(index, None, -1, str(e))
+        return _Loaded(index, self.transform(picture), int(label), '')
+
+
+def _read(plan: Plan, numbers: list[int], workers: int) -> Iterator[tuple[int, list[_Loaded]]]:
+    """Batches by their numbers, in order."""
+    size, count = plan.batch_size, len(plan.pictures)
+    rows = [range(b * size, min((b + 1) * size, count)) for b in numbers]
+    loader = DataLoader(_Transformed(plan), batch_sampler=rows, num_workers=workers, collate_fn=list)
+    return zip(numbers, loader)
+
+
+def _read_stream(plan: Plan) -> Iterator[tuple[int, list[_Loaded]]]:
+    """All batches of a data set that can only be read in order."""
+    loaded: list[_Loaded] = []
+    for i, (picture, label) in enumerate(plan.pictures):
+        loaded.append(_Loaded(i, plan.transform(picture), int(label), ''))
+        if len(loaded) == plan.batch_size:
+            yield i // plan.batch_size, loaded
+            loaded = []
+    if loaded:
+        yield loaded[0].index // plan.batch_size, loaded

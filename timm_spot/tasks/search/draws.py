@@ -1,40 +1,45 @@
 """Where a search starts, and what an evaluation draws: placements of images of a data set, each by its own number."""
 from __future__ import annotations
 
-from typing import Optional, Union
+import copy
 
 import torch
 from torch import nn
 
-from ...models.placement import Saliency, compute_saliency
-from ...ops.samplers import check_n_tokens, sample_positions
+from ...models.placement import Saliency, compute_saliency, list_placers
+from ...ops.samplers import check_n_tokens, get_sampler, list_samplers, sample_positions
 from ...ops.windows import check_positions
+
+MAX_SEED = 2 ** 32
 
 
 def starting_positions(
         model: nn.Module,
         images: torch.Tensor,
-        init: Union[str, torch.Tensor] = 'isotropic',
-        n_tokens: Optional[int] = None,
-        saliency: Optional[Saliency] = None,
-        generator: Optional[torch.Generator] = None,
+        init: str | torch.Tensor = 'isotropic',
+        n_tokens: int | None = None,
+        saliency: Saliency | None = None,
+        generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Where `optimize_positions` starts: (B, N, 2), a copy. Arguments and errors are its own."""
-    embed, size = model.patch_embed, tuple(images.shape[-2:])
+    """Where `optimize_positions` starts, (B, N, 2), a copy: with a model in eval mode, its arguments and its errors."""
+    size = (images.shape[-2], images.shape[-1])
     if isinstance(init, torch.Tensor):
-        check_positions(init, images)
+        check_start(init, images)
         if n_tokens is not None and n_tokens != init.shape[-2]:
             raise ValueError(f'n_tokens={n_tokens}, but init of shape {tuple(init.shape)} has {init.shape[-2]} tokens.')
         return init.detach().expand(len(images), -1, -1).clone()
-    prior = model.placer.prior
-    n_tokens = prior.budgets(size)[1] if n_tokens is None else n_tokens
-    check_n_tokens(n_tokens)
-    saliency = prior.saliency if saliency is None else saliency
-    maps = compute_saliency(saliency, embed.normalize(images))
+    check_init(model, init)
+    n_tokens = check_budget(model, n_tokens, size)
+    if names_placer(init):
+        return _with_budget(model, n_tokens).place(images).detach().clone()
+    prior, window = model.placer.prior, model.patch_embed.window
+    maps = None
+    if 'saliency' in get_sampler(init).keywords:
+        maps = compute_saliency(prior.saliency if saliency is None else saliency, model.patch_embed.normalize(images))
     # Without a generator all images share one placement, as in a model in eval mode: drawn by its seed alone.
     shared = generator is None
-    generator = torch.Generator().manual_seed(prior.seed) if shared else generator
-    positions = sample_positions(init, n_tokens, size, 1 if shared else len(images), maps, generator, embed.window)
+    generator = torch.Generator().manual_seed(prior.seed) if generator is None else generator
+    positions = sample_positions(init, n_tokens, size, 1 if shared else len(images), maps, generator, window)
     return positions.to(images.device).expand(len(images), -1, -1).clone()
 
 
@@ -47,13 +52,79 @@ def draw_placements(
         model: nn.Module,
         images: torch.Tensor,
         sampler: str,
-        n_tokens: Optional[int],
-        maps: Optional[torch.Tensor],
+        n_tokens: int | None,
+        maps: torch.Tensor | None,
         index: torch.Tensor,
         seed: int,
 ) -> torch.Tensor:
-    """Placements (B, N, 2) of images of a dataset, drawn for each by `seed` and its number in `index` (B,)."""
+    """Placements (B, N, 2) of images of a dataset, drawn for each by `seed` and its number in `index` (B,).
+
+    `sampler` may name the model's own placer, which goes by the images alone.
+    """
+    if names_placer(sampler):
+        return starting_positions(model, images, sampler, n_tokens)
     return torch.cat([
         starting_positions(
             model, images[j:j + 1], sampler, n_tokens, None if maps is None else maps[j], image_generator(seed, i))
         for j, i in enumerate(index.tolist())])
+
+
+def names_placer(init: str) -> bool:
+    """Whether a name is that of a placer; samplers come first."""
+    return init in list_placers() and init not in list_samplers()
+
+
+def check_init(model: nn.Module, init: str) -> None:
+    """Raise ValueError unless `init` names a sampler, or the placer that the model has."""
+    if not names_placer(init):
+        get_sampler(init)
+    elif model.placer.name != init:
+        raise ValueError(
+            f"init={init!r} is a placer, but the model's is {model.placer.name!r}: create the model with "
+            f'placer={init!r}.')
+
+
+def check_budget(model: nn.Module, n_tokens: int | None, image_size: tuple[int, int]) -> int:
+    """A budget for images of (H, W) pixels, by default the model's own.
+
+    Raises:
+        TypeError: It is no whole number.
+        ValueError: It is below 1, or above the number of pixels.
+    """
+    n_tokens = model.placer.budget(image_size) if n_tokens is None else n_tokens
+    check_n_tokens(n_tokens)
+    H, W = image_size
+    if n_tokens > H * W:
+        raise ValueError(
+            f'n_tokens={n_tokens} is more than the {H * W} pixels of an image of {H} x {W}: windows would only repeat.')
+    return n_tokens
+
+
+def check_draw_seed(seed: int) -> None:
+    """Raise TypeError or ValueError unless `seed` gives the images of a data set generators of their own."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f'seed must be an int, got {seed!r} ({type(seed).__name__}).')
+    if abs(seed) > MAX_SEED:
+        raise ValueError(f'seed={seed} is out of range, it must lie between -2**32 and 2**32.')
+
+
+def check_start(init: torch.Tensor, images: torch.Tensor) -> None:
+    """Raise TypeError or ValueError unless `init` is a placement for `images`, most of it near the image.
+
+    A search may start, and end, somewhat outside of [0, 1]. Where most tokens are more than a side of the image away
+    from it, the numbers are something else: pixels, as a rule.
+    """
+    check_positions(init, images)
+    far = ((init < -1.) | (init > 2.)).any(dim=-1)
+    if far.float().mean() > 0.5:
+        raise ValueError(
+            f'init of shape {tuple(init.shape)} lies mostly outside of the image, its largest value is '
+            f'{init.max().item():.4g}: positions are (y, x) as shares of height and width, in [0, 1]. Divide pixels by '
+            f'({images.shape[-2]}, {images.shape[-1]}).')
+
+
+def _with_budget(model: nn.Module, n_tokens: int) -> nn.Module:
+    """A copy of a model that shares everything, but places so many tokens."""
+    other = copy.copy(model)
+    other._modules = {**model._modules, 'placer': model.placer.replaced(n_tokens=n_tokens)}
+    return other

@@ -13,7 +13,7 @@ of the images, those still searched:
 from __future__ import annotations
 
 import inspect
-from typing import Callable, Dict, Tuple, Union
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +45,10 @@ def feature(features: torch.Tensor, full_features: torch.Tensor) -> torch.Tensor
     return 1. - F.cosine_similarity(features, full_features, dim=-1)
 
 
-OBJECTIVES: Dict[str, Objective] = dict(label=label, entropy=entropy, teacher=teacher, feature=feature)
+OBJECTIVES: dict[str, Objective] = dict(label=label, entropy=entropy, teacher=teacher, feature=feature)
 
 
-def get_objective(objective: Union[str, Objective]) -> Tuple[Objective, Tuple[str, ...]]:
+def get_objective(objective: str | Objective) -> tuple[Objective, tuple[str, ...]]:
     """An objective and the keywords it takes.
 
     Args:

@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, Optional, Sequence, Tuple, Union
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.layers import to_2tuple
+
+from ..kept import whole_file
 
 
 @dataclasses.dataclass
@@ -30,11 +32,11 @@ class OracleResult:
     losses: torch.Tensor
     logits_before: torch.Tensor
     logits_after: torch.Tensor
-    trajectory: Optional[torch.Tensor] = None
-    correct_before: Optional[torch.Tensor] = None
-    correct_after: Optional[torch.Tensor] = None
+    trajectory: torch.Tensor | None = None
+    correct_before: torch.Tensor | None = None
+    correct_after: torch.Tensor | None = None
 
-    def snap(self, grid: Union[int, Tuple[int, int]]) -> torch.Tensor:
+    def snap(self, grid: int | tuple[int, int]) -> torch.Tensor:
         """Positions moved to the nearest patch centre, (B, N, 2), to compare with what a grid allows.
 
         Tokens that share a nearest patch stay doubled.
@@ -48,7 +50,7 @@ class OracleResult:
         cells = self.positions.new_tensor([rows, columns])
         return ((self.positions * cells).floor().clamp(min=0.).minimum(cells - 1) + 0.5) / cells
 
-    def to_safetensors(self, path: Union[str, Path], metadata: Optional[Dict[str, str]] = None) -> None:
+    def to_safetensors(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
         """Write to a file, whole or not at all.
 
         Args:
@@ -56,24 +58,29 @@ class OracleResult:
             metadata: For the file's header. With more than one entry their order, and so the bytes, may vary.
         """
         tensors = {k: v.cpu().contiguous() for k, v in self._tensors().items()}
-        partial = Path(f'{path}.tmp')
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            save_file(tensors, partial, metadata=metadata)
 
     @classmethod
-    def from_safetensors(cls, path: Union[str, Path]) -> OracleResult:
+    def from_safetensors(cls, path: str | Path) -> OracleResult:
         """Read what `to_safetensors` wrote.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: The file holds something else.
+            ValueError: The file is damaged, or holds something else.
         """
-        tensors = load_file(path)
+        try:
+            tensors = load_file(path)
+        except SafetensorError as e:
+            raise ValueError(f'{path} is no whole safetensors file ({e}): it is damaged, or something else.') from e
         fields = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(cls)}
         missing = [name for name, required in fields.items() if required and name not in tensors]
         unknown = [name for name in tensors if name not in fields]
         if missing or unknown:
             raise ValueError(f'{path} is no oracle result: it lacks {missing} and has the unknown {unknown}.')
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if len({shape[:1] for shape in shapes.values()}) > 1 or len(shapes['positions']) != 3:
+            raise ValueError(f'{path} is no oracle result, which has a row for each image: its shapes are {shapes}.')
         return cls(**tensors)
 
     @classmethod
@@ -91,6 +98,6 @@ class OracleResult:
                 raise ValueError(f'results differ: number 0 has rows of {kinds[0]}, number {i} of {kind}.')
         return cls(**{k: torch.cat([getattr(r, k) for r in results]) for k in kinds[0]})
 
-    def _tensors(self) -> Dict[str, torch.Tensor]:
+    def _tensors(self) -> dict[str, torch.Tensor]:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {k: v for k, v in fields.items() if v is not None}

@@ -1,0 +1,82 @@
+"""The search on a loss whose course is known: (x - target)^2, halved distances under sgd with lr 1/4."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from timm_spot.tasks.search.descent import descend
+from timm_spot.tasks.search.settings import Search
+
+TARGETS = torch.tensor([0.5, 0., 1.])
+START = torch.tensor([[[0., 0.]], [[0.5, 0.5]], [[1., 1.]]])
+SGD = dict(optimizer='sgd', lr=0.25, optimizer_kwargs=dict(momentum=0., weight_decay=0., nesterov=False))
+
+
+def squares(index, positions):
+    """Logits (b, 2), the positions; losses (b,), their squared distance from the image's target."""
+    return positions[:, 0], (positions - TARGETS[index, None, None]).square().sum(dim=(1, 2))
+
+
+def test_steps_by_hand():
+    seen = []
+    found = descend(Search(steps=2, **SGD), squares, START, torch.arange(3), lambda *args: seen.append(args))
+    # x <- x - 1/4 * 2 (x - t): the distance halves.
+    expected = torch.tensor([[0., 0.25, 0.375], [0.5, 0.25, 0.125], [1., 1., 1.]])
+    assert torch.equal(found.trajectory, expected[:, :, None, None].expand(-1, -1, 1, 2))
+    assert torch.equal(found.positions, expected[:, 2:, None].expand(-1, -1, 2))
+    assert torch.equal(found.losses, 2 * (expected - TARGETS[:, None]).square())
+    assert torch.equal(found.logits_before, START[:, 0]) and torch.equal(found.logits_after, found.positions[:, 0])
+    assert [(step, index.tolist()) for step, index, _, _ in seen] == [(i, [0, 1, 2]) for i in range(3)]
+    for step, _, positions, losses in seen:
+        assert torch.equal(positions, found.trajectory[:, step]) and torch.equal(losses, found.losses[:, step])
+
+
+def test_images_are_asked_for_by_their_numbers():
+    found = descend(Search(steps=1, **SGD), squares, START[1:2], torch.tensor([2]))
+    assert found.positions.tolist() == [[[0.75, 0.75]]], 'towards the target of image 2'
+
+
+def test_an_image_without_progress_leaves_and_keeps_what_it_has():
+    asked = []
+
+    def watch(index, positions):
+        asked.append(index.tolist())
+        return squares(index, positions)
+
+    # Losses 0.5, 0.125, 0.03125, ...: image 2 never falls; 0 and 1 fall by more than 0.1 once.
+    found = descend(Search(steps=5, patience=1, tol=0.1, **SGD), watch, START, torch.arange(3))
+    assert asked == [[0, 1, 2], [0, 1, 2], [0, 1]]
+    assert found.losses.tolist() == [[0.5, 0.125, *[0.03125] * 4]] * 2 + [[0.] * 6]
+    assert found.trajectory[0, :, 0, 0].tolist() == [0., 0.25, *[0.375] * 4]
+    assert found.positions[:, 0, 0].tolist() == [0.375, 0.125, 1.]
+
+
+@pytest.mark.parametrize('keep, x', [('last', 2.), ('best', 0.)])
+def test_what_is_kept(keep, x):
+    """With lr 3/2 the distance doubles in each step, from one side to the other."""
+    search = Search(steps=2, keep=keep, record=False, **{**SGD, 'lr': 1.5})
+    found = descend(search, squares, START[:1], torch.arange(1))
+    # 0 -> 1.5 -> -1.5: distances 0.5, 1, 2
+    assert found.positions.tolist() == [[[{2.: -1.5, 0.: 0.}[x]] * 2]] and found.trajectory is None
+    assert found.losses.tolist() == [[0.5, 2., 8.]]
+    assert torch.equal(found.logits_after, found.positions[:, 0])
+
+
+def test_bounds_hold_after_every_step():
+    search = Search(steps=2, bounds='clamp', **{**SGD, 'lr': 1.5})
+    found = descend(search, squares, START[:1], torch.arange(1))
+    assert found.trajectory[0, :, 0, 0].tolist() == [0., 1., 0.]
+
+
+def test_what_is_not_finite_is_named():
+    def broken(index, positions):
+        logits, losses = squares(index, positions)
+        return logits, losses + torch.where(index == 1, torch.nan, 0.)
+
+    def steep(index, positions):
+        return positions[:, 0], (0. * positions).sum(dim=(1, 2)).sqrt()
+
+    with pytest.raises(ValueError, match='the loss of image 1 is nan at step 0'):
+        descend(Search(**SGD), broken, START, torch.arange(3))
+    with pytest.raises(ValueError, match='the gradient of image 2 is nan at step 0'):
+        descend(Search(**SGD), steep, START[:1], torch.tensor([2]))

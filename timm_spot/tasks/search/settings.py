@@ -1,0 +1,126 @@
+"""Settings of a search, checked before any work."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_info
+
+from .objectives import Objective, get_objective
+
+MAX_STEPS = 100_000
+_WEIGHT_DECAY = 0.01  # what torch.optim.AdamW does unasked, and so did the authors' search
+
+
+def reflect(positions: torch.Tensor) -> torch.Tensor:
+    """Positions mirrored at the edges of the image until they lie in [0, 1]; those inside stay as they are."""
+    mirrored = 1. - (1. - positions.remainder(2.)).abs()
+    return torch.where((positions < 0) | (positions > 1), mirrored, positions)
+
+
+BOUNDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = dict(
+    none=lambda positions: positions,
+    clamp=lambda positions: positions.clamp(0., 1.),
+    reflect=reflect,
+)
+
+
+@dataclass(frozen=True)
+class Search:
+    """How to search; the same for every image.
+
+    Attributes:
+        steps, lr, optimizer, optimizer_kwargs, objective, keep, bounds, patience, tol, record, amp_dtype, chunk_size:
+            See `optimize_positions`.
+
+    Raises:
+        TypeError: A value of another type.
+        ValueError: A wrong range or name, or an optimizer that needs second derivatives.
+
+    Example:
+        >>> Search(steps=20, lr=1e-2).bounds
+        'none'
+        >>> Search(tol=float('nan'))
+        Traceback (most recent call last):
+        ...
+        ValueError: tol=nan must be a finite number.
+    """
+
+    steps: int = 5
+    lr: float = 3e-3
+    optimizer: str = 'adamw'
+    optimizer_kwargs: dict[str, Any] | None = None
+    objective: str | Objective = 'label'
+    keep: str = 'last'
+    bounds: str = 'none'
+    patience: int | None = None
+    tol: float = 0.
+    record: bool = True
+    amp_dtype: torch.dtype | None = None
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice('keep', self.keep, ('last', 'best'))
+        _check_choice('bounds', self.bounds, tuple(BOUNDS))
+        _check_int('steps', self.steps, 0)
+        if self.steps > MAX_STEPS:
+            raise ValueError(
+                f'steps={self.steps} must be at most {MAX_STEPS:,}: every step of every image is kept in memory.')
+        if self.patience is not None:
+            _check_int('patience', self.patience, 1)
+        if self.chunk_size is not None:
+            _check_int('chunk_size', self.chunk_size, 1)
+        _check_number('lr', self.lr)
+        if self.lr <= 0:
+            raise ValueError(f"lr={self.lr} must be a finite number above 0, in units of the image's side.")
+        _check_number('tol', self.tol)
+        if self.tol < 0:
+            raise ValueError(f'tol={self.tol} must be at least 0: the smallest fall of the loss that counts.')
+        amp = self.amp_dtype
+        if amp is not None and not (isinstance(amp, torch.dtype) and amp.is_floating_point):
+            raise TypeError(f'amp_dtype must be a floating-point type such as torch.bfloat16, got {amp!r}.')
+        get_objective(self.objective)
+        if not isinstance(self.optimizer, str):
+            raise TypeError(f'optimizer must be a name of timm.optim, got {self.optimizer!r}.')
+        if get_optimizer_info(self.optimizer).second_order:
+            raise ValueError(f'optimizer={self.optimizer!r} needs second derivatives, the search has first ones only.')
+
+    def bound(self, positions: torch.Tensor) -> torch.Tensor:
+        """Positions inside the bounds."""
+        return BOUNDS[self.bounds](positions)
+
+    def create_optimizers(self, places: Sequence[torch.Tensor]) -> list[torch.optim.Optimizer]:
+        """One optimizer for the placements of all images, each a parameter of its own; or one each, where they mix."""
+        optimizer = self._create_optimizer(places)
+        if 'max_grad_norm' in optimizer.defaults or hasattr(optimizer, 'rng'):
+            # lamb clips by the norm over all its parameters, kron draws for all from one source: images would mix.
+            return [self._create_optimizer([place]) for place in places]
+        return [optimizer]
+
+    def _create_optimizer(self, places: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+        arguments = {'weight_decay': _WEIGHT_DECAY, **(self.optimizer_kwargs or {})}
+        if 'kron' in self.optimizer:
+            arguments.setdefault('deterministic', True)  # else it draws from torch's generator
+        return create_optimizer_v2(list(places), self.optimizer, lr=self.lr, **arguments)
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown, use one of {', '.join(map(repr, choices))}.")
+
+
+def _check_int(name: str, value: int, smallest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f'{name} must be an int, got {value!r} ({type(value).__name__}).')
+    if value < smallest:
+        raise ValueError(f'{name}={value} must be at least {smallest}.')
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f'{name} must be a number, got {value!r} ({type(value).__name__}).')
+    if not math.isfinite(value):
+        raise ValueError(f'{name}={value} must be a finite number.')
