@@ -112,7 +112,6 @@ def create_placed_model(
         weights: str | None = None,
         *,
         device: str = 'cpu',
-        n_tokens: int | None = None,
         sampler: str | None = None,
         saliency: str | None = None,
         **given: Any,
@@ -124,10 +123,7 @@ def create_placed_model(
     """
     family = family_of(create_model(name, pretrained=False, device='meta'))
     check_placement(family, dict(given, sampler=sampler, saliency=saliency))
-    model = create_model(name, weights, **given)
-    if n_tokens is not None:
-        family.set_budget(model, n_tokens)
-    return model.to(device)
+    return create_model(name, weights, **given).to(device)
 
 
 def check_placement(family: Family, given: dict[str, Any]) -> None:
