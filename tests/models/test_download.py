@@ -71,7 +71,8 @@ WAYS = {
     'retrofit': "model = timm_spot.retrofit('hf-hub:' + REPO, pretrained=True)",
     'sparsify': "model = timm_spot.sparsify('hf-hub:' + REPO, pretrained=True)",
     'backbone': "model = timm.create_model('spot_retrofit', backbone='hf-hub:' + REPO, pretrained=True)",
-    'pruned backbone': "model = timm.create_model('relevance_vit', backbone='hf-hub:' + REPO, pretrained=True)",
+    'pruned backbone': (
+        "model = timm.create_model('relevance_vit', backbone='hf-hub:' + REPO, pretrained=True, scorer='norm')"),
     'commands': "from timm_spot.cli.common import create_any_model\nmodel = create_any_model('hf-hub:' + REPO)",
     'saliency': (
         "from timm_spot.tasks.pictures.saliency_maps import saliency_source\n"

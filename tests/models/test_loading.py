@@ -233,7 +233,7 @@ def test_a_folder_without_config_or_weights_is_named(tmp_path):
     lambda name: timm_spot.retrofit(name, pretrained=True),
     lambda name: timm_spot.sparsify(name, pretrained=True),
     lambda name: timm.create_model('spot_retrofit', backbone=name, pretrained=True),
-    lambda name: timm.create_model('relevance_vit', backbone=name, pretrained=True),
+    lambda name: timm.create_model('relevance_vit', backbone=name, pretrained=True, scorer='norm'),
     lambda name: create_checked(name, pretrained=True),
 ])
 def test_models_of_timm_s_own_are_checked_too(tmp_path, build):

@@ -63,7 +63,7 @@ def test_a_placement_network_is_part_of_the_file(tmp_path, name, positions_as_in
     torch.nn.init.normal_(model.placer.net.weight, std=3.)
     assert timm_spot.export_model(model, tmp_path / name, positions_as_input) < 1e-4
     images, positions = torch.rand(2, 3, 64, 64), torch.rand(2, 5, 2)
-    images[1] += 1
+    images[1] *= -1
     assert (model.place(images)[0] - model.place(images)[1]).abs().max() > 0.01  # so that a constant would show
     inputs = dict(images=images, positions=positions) if positions_as_input else dict(images=images)
     if name.endswith('.onnx'):
