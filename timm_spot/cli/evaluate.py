@@ -127,12 +127,9 @@ def _request(
     from ..tasks.pictures.datasets import Pictures
 
     pictures = Pictures(data, split, data_dir, class_map)
-    labelled = [str(Path(data_dir).resolve())] if data_dir else []
-    if class_map:
-        labelled.append(Path(class_map).read_bytes().hex())
     knn = None if train is None else Knn(Pictures(train, 'train', data_dir, class_map), knn_k, knn_temperature)
     budgets = budgets or ((9, 25, 49, 64) if data == 'digits' else (25, 49, 100, 196))
-    return pictures, Request(budgets=budgets, knn=knn, split=split, labelled=' '.join(labelled), **what)
+    return pictures, Request(budgets=budgets, knn=knn, split=split, **what)
 
 
 @main.command()

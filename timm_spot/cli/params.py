@@ -12,7 +12,7 @@ import timm
 import torch
 
 from ..models.placement import get_placer, list_placers
-from ..models.pruning_predictor import SCORERS
+from ..models.pruning_scorers import SCORERS
 from ..ops.samplers import get_sampler
 from ..tasks.drawing.kinds import KINDS
 from ..tasks.evaluation.families import name_patterns

@@ -33,7 +33,7 @@ def test_each_scorer_at_each_keep_rate_but_those_without_their_predictors(dense)
     assert described(found) == [('relevance', 1.), ('relevance', 0.5), ('random', 1.), ('random', 0.5)]
     assert [p.stochastic for p in found] == [False, False, True, True]
     assert {p.model for p in found} == {trained}
-    assert found[3].key == dict(scorer='random', keep_rate='0.5', stages='1 3')
+    assert (found[3].scorer, found[3].keep_rate, found[3].model.stages) == ('random', 0.5, (1, 3))
     assert described(list_prunings(dense, scorers, rates)) == [('random', 1.), ('random', 0.5)]
     assert described(list_prunings(dense, ['norm'], [])) == [('norm', rate) for rate in KEEP_RATES]
 

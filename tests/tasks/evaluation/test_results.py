@@ -139,11 +139,3 @@ def test_files_of_version_0_1_are_continued(old):
         assert kept == list(_cells(OLD / name))  # figures to the letter
     append_result(old, result())
     assert read_results(old) == ([*before, result()], [])
-
-
-def test_columns_tell_rows_apart_and_are_complete():
-    row = result().row
-    assert Row.from_cells(row.to_cells()) == row
-    for name, value in dict(kind='placer', settings='34cd', seeds=(0,), keep_rate=0.5, n_tokens=None).items():
-        other = Row(**{**vars(row), name: value})
-        assert Row.from_cells(other.to_cells()) == other != row

@@ -210,19 +210,6 @@ def test_scorers_and_keep_rates_agree_with_a_count_of_our_own(folder, saved_vit,
     assert '| scorer | keep 1.0: top-1 | keep 0.5: top-1 |' in table and '| relevance, 64 as it is |' in table
 
 
-@pytest.mark.parametrize('scorers, model', [
-    ('relevance,cls-attention,random', 'relevance_spot_vit_pico_patch8_64'),
-    ('random', 'spot_vit_pico_patch8_64'),
-])
-def test_the_default_model_has_the_scorer(tmp_path, monkeypatch, scorers, model):
-    def stop(name):
-        raise ValueError(f'asked for {name}')
-
-    monkeypatch.setattr('timm_spot.cli.evaluate.create_any_model', stop)
-    result = CliRunner().invoke(main, ['evaluate', '--scorers', scorers, '--out', str(tmp_path)])
-    assert f'asked for {model}\n' in result.output
-
-
 def test_placed_tokens_are_dropped(folder, saved, tmp_path):
     scorers = ('--scorers', 'received-attention', '--keep-rates', '1,0.5')
     result = evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS, *scorers)
@@ -278,37 +265,6 @@ def test_a_model_without_classifier_has_neighbours_only(folder, tmp_path):
     assert result.exit_code == 0, result.output
     assert {(row['top1'], row['knn_top1']) for row in rows(tmp_path / 'out') if row['sampler'] == 'grid'} == {
         ('', '100.0000')}
-
-
-@pytest.mark.parametrize('arguments, says', [
-    (['--budgets', '9,x'], 'budgets=x must be a whole number of at least 1'),
-    (['--budgets', '9,4097', '--samplers', 'uniform'], 'n_tokens=4097 exceeds the 64 x 64 pixels'),
-    (['--seeds', '0,-1'], 'seeds=-1 must be a whole number of at least 0'),
-    (['--device', 'cuda:99'], "device='cuda:99'"),
-    (['--oracle', 'isotopic'], "did you mean 'isotropic'"),
-    (['--knn', '{data}', '--knn-k', '31'], 'k=31 must lie between 1 and the 30 images'),
-    (['--baselines', 'drop'], "unknown 'drop'"),
-    (['--baselines', 'low-res', '--budgets', '24'], 'n_tokens=24 is no patch grid'),
-    (['--budgets', '9,100'], "n_tokens=100 exceeds the 8 x 8 patches that sampler 'grid' finds"),
-    (['--samplers', 'isotopic'], "did you mean 'isotropic'"),
-    (['--model', 'resnet1'], 'unknown model resnet1'),
-    (['--saliency', 'nowhere'], "saliency='nowhere'"),
-    (['--scorers', 'norm,cls'], "scorers=norm,cls has the unknown 'cls': relevance, random, norm"),
-    (['--scorers', 'norm', '--keep-rates', '0.5,0'], 'keep_rates=0 must be a number above 0 and at most 1'),
-    (['--scorers', 'norm', '--keep-rates', '0.5,half'], 'keep_rates=half must be a number'),
-    (['--scorers', 'relevance'], "'relevance' needs trained predictors"),
-    (['--keep-rates', '0.5'], 'keep_rates=0.5 need scorers'),
-])
-def test_errors_come_before_any_work(folder, saved, tmp_path, arguments, says):
-    result = evaluate(folder, saved, tmp_path / 'out', *(a.format(data=folder) for a in arguments))
-    assert result.exit_code != 0 and says in result.output, result.output
-    assert not (tmp_path / 'out').exists()
-
-
-def test_a_folder_that_cannot_be_written(folder, saved, tmp_path):
-    (tmp_path / 'file').write_text('')
-    result = evaluate(folder, saved, tmp_path / 'file' / 'out', *ARGUMENTS)
-    assert result.exit_code == 1 and 'file' in result.output and 'Traceback' not in result.output
 
 
 def test_the_key_says_it_all(folder, saved, tmp_path):
@@ -378,48 +334,6 @@ def test_results_of_version_0_1_are_continued(folder, saved, tmp_path):
     assert '2 rows computed, 2 found' in result.output, result.output
     assert [row['kind'] for row in rows(out)] == ['sampler'] * 6
     assert [bool(row['settings']) for row in rows(out)] == [False] * 4 + [True] * 2
-
-
-def plan(model, data, **request):
-    return plan_rows({'model': model}, Pictures(str(data)), Request(**request))
-
-
-def test_what_determines_a_row_is_in_its_key(folder, tmp_path):
-    def planned(labelled='', **keywords):
-        torch.manual_seed(0)
-        model = timm.create_model('spot_vit_pico_patch8_64', **SMALL, **keywords).eval()
-        return plan(model, folder, samplers=('isotropic',), budgets=(4,), labelled=labelled)[0].row
-
-    base = planned()
-    assert planned() == base
-    same_weights = [planned(labelled='another map'), planned(act_layer='relu')]
-    assert all(row.weights == base.weights and row != base for row in same_weights)
-    spot = planned(convention='spot')
-    assert spot != base
-
-
-def test_a_local_model_of_another_convention_has_rows_of_its_own(folder, saved, tmp_path):
-    torch.manual_seed(0)
-    model = timm.create_model('spot_vit_pico_patch8_64', pos_nodes=8, **SMALL).eval()
-    first, = plan(model, folder, samplers=('grid',), budgets=(4,))
-    model.patch_embed.convention = 'spot'
-    second, = plan(model, folder, samplers=('grid',), budgets=(4,))
-    assert first.row.weights == second.row.weights and first.row != second.row
-
-
-def test_maps_in_a_folder_are_part_of_the_key(folder, saved, tmp_path, pico):
-    maps = tmp_path / 'maps'
-    maps.mkdir()
-    Image.new('L', (8, 8), 255).save(maps / '0.png')
-    asked = dict(samplers=('salient', 'grid'), budgets=(4,), saliency=str(maps))
-    salient, grid = plan(pico, folder, **asked)
-    Image.new('L', (9, 9), 255).save(maps / '0.png')
-    changed, same = plan(pico, folder, **asked)
-    assert changed.row != salient.row and same.row == grid.row
-
-
-def test_a_row_asked_for_twice_is_one_row(folder, pico):
-    assert len(plan(pico, folder, samplers=('grid', 'grid'), budgets=(4, 4))) == 1
 
 
 def test_the_head_runs_once_for_each_picture(folder, tmp_path, pico):

@@ -1,15 +1,11 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import timm
 import torch
-from click.testing import CliRunner
 from conftest import SMALL
 from PIL import Image
 
-from timm_spot.cli import main
 from timm_spot.tasks.evaluation import studies
 from timm_spot.tasks.evaluation.comparisons import format_study
 from timm_spot.tasks.evaluation.studies import STUDIES, register_study, run_study
@@ -123,35 +119,3 @@ def test_a_model_with_other_classes_is_refused(canvases, folder, tmp_path):
         run_study('priors', {'three': model}, canvases, (4,), tmp_path / 'out', SEARCH)
     with pytest.raises(ValueError, match='has 10 classes, the model 3'):
         run_study('priors', {'three': model}, open_study_pictures(str(folder), 10), (4,), tmp_path / 'out', SEARCH)
-
-
-def study(*arguments):
-    return CliRunner().invoke(main, ['study', *map(str, arguments)])
-
-
-def test_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(studies, 'SEARCH', SEARCH)
-    result = study('saliency', '--images', 5, '--budgets', '4', '--out', tmp_path / 'out')
-    assert result.exit_code == 0, result.output
-    assert '| shipped | after - before | 4 |' in result.output
-    assert (tmp_path / 'out' / 'saliency.md').read_text() == result.output
-    assert (tmp_path / 'out' / 'saliency.png').stat().st_size > 0
-
-
-def test_command_on_a_folder_with_a_model_of_ones_own(models, folder, tmp_path):
-    timm.models.save_for_hf(models['seed 0'], tmp_path / 'saved', model_args=SMALL)
-    name = f'local-dir:{tmp_path}/saved'
-    result = study('priors', folder, '--model', name, '--budgets', '4', '--images', 10, '--out', tmp_path / 'out')
-    assert result.exit_code == 0, result.output
-    assert f'| {name} | center - isotropic | 4 |' in result.output
-
-
-@pytest.mark.parametrize('arguments, says', [
-    (['nothing'], "name='nothing' is no study"),
-    (['priors', 'no/folder'], 'no/folder'),
-    (['priors', '--device', 'cuda:99'], "device='cuda:99' cannot be used here"),
-])
-def test_command_says_what_is_wrong(tmp_path, arguments, says):
-    result = study(*arguments, '--out', tmp_path / 'out')
-    assert result.exit_code != 0 and says in result.output and 'Traceback' not in result.output
-    assert not Path(tmp_path / 'out').exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from timm.data import resolve_model_data_config
+from timm.models import get_model_args
 from torch import nn
 
 from ...ops.samplers import check_n_tokens, get_sampler
@@ -78,7 +79,7 @@ def _plan(common: Dict[str, str], model: nn.Module, way: Way, request: Request) 
     row = Row(
         kind=way.kind, sampler=_printable(way.sampler), n_tokens=way.n_tokens, seeds=seeds if way.stochastic else (),
         saliency=_printable(way.saliency), knn=_printable(request.knn.key) if request.knn and way.has_knn else '',
-        settings=_settings(model, way, request), **common, **dropped)
+        settings=_settings(model, way), **common, **dropped)
     return PlannedRow(row, pruning.model if pruning else model, way, seeds)
 
 
@@ -108,13 +109,12 @@ def _check_knn(knn: Knn) -> None:
         raise ValueError(f'k={knn.k} must lie between 1 and the {len(knn.train)} images of the bank.')
 
 
-def _settings(model: nn.Module, way: Way, request: Request) -> str:
+def _settings(model: nn.Module, way: Way) -> str:
     """Digest of what determines a row beside what its columns say."""
-    config = resolve_model_data_config(model)
+    config, arguments = resolve_model_data_config(model), get_model_args(model)
     said = dict(
-        model=type(model).__name__, config=config, arguments=getattr(model, '_model_args', {}),
-        convention=getattr(getattr(model, 'patch_embed', None), 'convention', ''), labelled=request.labelled,
-        maps=_digest_maps(way.saliency))
+        model=type(model).__name__, config=config, arguments=arguments,
+        convention=getattr(getattr(model, 'patch_embed', None), 'convention', ''), maps=_digest_maps(way.saliency))
     text = json.dumps(said, sort_keys=True, default=_name)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -36,7 +36,6 @@ class Request:
         knn: Nearest neighbours to ask as well.
         amp: 'bfloat16' or 'float16', for autocast.
         split: Part of the data set.
-        labelled: What labels depend on beside the pictures: a class map, a folder of named data sets.
     """
 
     samplers: Tuple[str, ...] = ()
@@ -50,4 +49,3 @@ class Request:
     knn: Optional[Knn] = None
     amp: Optional[str] = None
     split: str = 'validation'
-    labelled: str = ''

@@ -46,7 +46,7 @@ class Row:
         saliency: Where maps came from, where there were any.
         knn: Bank and settings of nearest neighbours, where they were asked.
         amp: Data type of autocast, or ''.
-        settings: Digest of what else determines the figures: the model's configuration, labels, maps. '' in a row
+        settings: Digest of what else determines the figures: the model's configuration, a folder of maps. '' in a row
             of version 0.1, which does not say.
     """
 
