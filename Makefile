@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint timm-test bench clean
+.PHONY: help demo test lint timm-test floor-test bench clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -21,17 +21,35 @@ test: .venv/.installed  ## Run the tests
 	@echo "== running the tests"
 	$(BIN)/python -m pytest -q
 
-lint: .venv/.installed  ## Check style
+lint: .venv/.installed  ## Check style and types
 	@echo "== ruff"
 	$(BIN)/ruff check .
+	@echo "== mypy: strict in ops/, complete signatures everywhere (a minute the first time, then seconds)"
+	$(BIN)/mypy
 
 timm-test: .venv/.installed  ## Run timm's own model tests, from its source distribution, on our names
 	@echo "== timm's tests/test_models.py"
 	$(BIN)/python tests/run_timm_tests.py
+
+# The oldest that pyproject.toml claims, and a Python that has them.
+FLOOR := torch==2.6.0 torchvision==0.21.0 timm==1.0.31 scipy==1.15.0 click==8.1.0
+FLOOR_TESTS := tests/ops tests/models/test_placement.py tests/models/test_subpixel_embed.py tests/models/test_spot_vit.py \
+	tests/models/test_spot_checkpoint.py tests/models/test_dht_embed.py tests/models/test_pruning_predictor.py
+
+.venv-floor/.installed: pyproject.toml
+	@echo "== making .venv-floor with $(FLOOR)"
+	$(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check --editable . $(FLOOR) \
+		pytest pytest-timeout hypothesis pillow
+	@touch $@
+
+floor-test: .venv-floor/.installed  ## Run the fast part of the tests with the oldest timm and torch that are claimed
+	@echo "== running the fast tests on the oldest versions"
+	.venv-floor/bin/python -m pytest -q $(FLOOR_TESTS)
 
 bench: .venv/.installed  ## Measure speed and memory, write benchmarks/RESULTS.md (TOME=FOLDER: a clone of ToMe too)
 	@echo "== python -m benchmarks (about 20 minutes on two threads)"
 	$(BIN)/python -m benchmarks $(if $(TOME),--tome $(TOME))
 
 clean:  ## Remove .venv and build products
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-floor build dist *.egg-info

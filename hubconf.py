@@ -11,6 +11,7 @@ import timm as _timm
 from torch import nn as _nn
 
 import timm_spot as _  # noqa: F401  registers the models
+from timm_spot.tasks.evaluation.families import name_patterns as _name_patterns
 
 dependencies = ['torch', 'timm', 'scipy']
 
@@ -37,5 +38,5 @@ def dht_ras2vec(pretrained: bool = True, **kwargs: _typing.Any) -> _nn.Module:
     return timm_spot.RasterToVector(pretrained=pretrained, **kwargs)
 
 
-globals().update({name: _entrypoint(name) for name in _timm.list_models(['spot_*', 'dht_*', 'relevance_*'])})
+globals().update({name: _entrypoint(name) for name in _timm.list_models(_name_patterns())})
 dht_vit_base_16_in1k = _entrypoint('dht_vit_base_patch16_in1k')  # the name in the authors' README

@@ -13,7 +13,6 @@ seed, in half precision.
 """
 from __future__ import annotations
 
-import copy
 import json
 import math
 import time
@@ -89,13 +88,6 @@ def correct(model: torch.nn.Module, batches: Sequence[torch.Tensor], labels: tor
     return torch.cat([model(images).argmax(dim=1) for images in batches]) == labels
 
 
-def with_rival(model: torch.nn.Module, scorer: str, seed: int) -> torch.nn.Module:
-    """The backbone of a trained model under another scorer."""
-    rival = copy.deepcopy(model)
-    rival.set_scorer(scorer, seed)
-    return rival
-
-
 def mean_and_error(values: torch.Tensor, digits: torch.Tensor) -> Tuple[float, float]:
     """Mean in percent of values (seeds, canvases) and its standard error, for digits and seeds drawn anew."""
     mean, error, seed_error = estimate_mean(values.double(), digits)
@@ -140,7 +132,7 @@ def main(out: Path, steps: int, batch_size: int, seeds: int, tune: bool) -> None
     for rival in RIVALS:
         # On one backbone only draws differ from seed to seed.
         backbones = enumerate(trained if tune or rival == 'random' else trained[:1])
-        models[rival] = [with_rival(model, rival, seed) for seed, model in backbones]
+        models[rival] = [model.pruned(scorer=rival, scorer_seed=seed) for seed, model in backbones]
 
     held_out, transform = Pictures('digits', 'validation'), model_transform(dense)
     pictures, labels = zip(*(held_out[i] for i in range(len(held_out))))

@@ -22,28 +22,30 @@ import pytest
 import timm
 
 import timm_spot  # noqa: F401  registers the models
+from timm_spot.tasks.evaluation.families import name_patterns
 
 Patterns = Union[str, Sequence[str]]
-_KINDS = ('spot_*', 'relevance_*', 'dht_*')
 _MAPS = 'asks for feature maps; the tokens left form none'
-_TORCHSCRIPT = 'TorchScript knows no exact fractions, from which the counts of tokens follow'
+_TORCHSCRIPT = 'timm deprecates TorchScript and a scripted model would call back into Python: torch.export is the way'
+_LEFT_OUT = {
+    'test_model_forward_torchscript': _TORCHSCRIPT,
+    'test_model_forward_fx_torchscript': _TORCHSCRIPT,
+}
 _NOT_FOR_RELEVANCE = {
     'test_model_forward_intermediates_features': _MAPS,
     'test_model_forward_intermediates': _MAPS,
     'test_prune_intermediate_layers_contract': _MAPS,
-    'test_model_forward_torchscript': _TORCHSCRIPT,
-    'test_model_forward_fx_torchscript': _TORCHSCRIPT,
 }
 _list_models, _list_pretrained = timm.list_models, timm.list_pretrained
 
 
 def _select(names: Sequence[str], keep: Patterns, drop: Patterns) -> List[str]:
-    """Names that match timm's patterns for `vit_*` and `deit_*` by what follows `spot_`, `relevance_` or `dht_`."""
+    """Names that match timm's patterns for `vit_*` and `deit_*` by what follows the prefix of their family."""
     def matches(name: str, patterns: Patterns) -> bool:
         patterns = [patterns] if isinstance(patterns, str) else patterns
         as_vit = name.replace('spot_retrofit', 'vit_retrofit')
-        for prefix in ('relevance_', 'spot_', 'dht_'):
-            as_vit = as_vit.removeprefix(prefix)
+        prefixes = [pattern.removesuffix('*') for pattern in name_patterns()]
+        as_vit = as_vit.removeprefix(max((p for p in prefixes if as_vit.startswith(p)), key=len, default=''))
         return any(fnmatch.fnmatch(as_vit, p) for p in patterns)
 
     ours = [n for n in names if any(fnmatch.fnmatch(n, p) for p in os.environ['SPOT_NAMES'].split())]
@@ -60,12 +62,12 @@ def _list_ours(
 ) -> List[str]:
     if module and 'vision_transformer' not in ([module] if isinstance(module, str) else module):
         return []
-    ours = [n for kind in _KINDS for n in _list_models(kind, pretrained=pretrained, include_tags=include_tags)]
+    ours = _list_models(name_patterns(), pretrained=pretrained, include_tags=include_tags)
     return _select(ours, filter, exclude_filters)
 
 
 def _list_our_pretrained(filter: Patterns = '', exclude_filters: Patterns = '') -> List[str]:
-    return _select([n for kind in _KINDS for n in _list_pretrained(kind)], filter, exclude_filters)
+    return _select(_list_pretrained(name_patterns()), filter, exclude_filters)
 
 
 if 'SPOT_NAMES' in os.environ:
@@ -73,11 +75,12 @@ if 'SPOT_NAMES' in os.environ:
 
 
 def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
-    """Skip, for models that drop tokens, what cannot apply to them."""
+    """Skip what cannot apply: TorchScript, and for models that drop tokens what asks for maps."""
     for item in items:
-        for test, reason in _NOT_FOR_RELEVANCE.items():
-            if item.name.startswith(f'{test}[') and 'relevance_' in item.name:
-                item.add_marker(pytest.mark.skip(reason=reason))
+        test = item.name.partition('[')[0]
+        reason = _LEFT_OUT.get(test) or ('relevance_' in item.name and _NOT_FOR_RELEVANCE.get(test))
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def main() -> int:
@@ -92,9 +95,9 @@ def main() -> int:
         tests = Path(folder) / archive.name.removesuffix('.tar.gz') / 'tests' / 'test_models.py'
         environment = dict(os.environ, SPOT_NAMES=names, PYTHONPATH=str(Path(__file__).parent))
         # test_model_load_pretrained downloads weights from the Hub. How many tokens a dHT model makes depends on the
-        # pixels, which FX, TorchScript and the meta device (non_std) cannot follow; its features are tokens with their
-        # mask and regions, where the test of pruning takes them for one tensor.
-        which = 'spot_ or relevance_ or (dht_ and not (fx or torchscript or non_std or prune))'
+        # pixels, which FX and the meta device (non_std) cannot follow; its features are tokens with their mask and
+        # regions, where the test of pruning takes them for one tensor.
+        which = 'spot_ or relevance_ or (dht_ and not (fx or non_std or prune))'
         which = f'({which}) and not load_pretrained'
         command = [sys.executable, '-m', 'pytest', '-q', '-rs', '-p', 'run_timm_tests', '-k', which, str(tests)]
         return subprocess.run(command, env=environment, cwd=tests.parents[1], check=False).returncode

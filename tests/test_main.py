@@ -38,6 +38,8 @@ def test_scripts_know_our_models_and_read_placements_in_a_config(tmp_path):
 def test_without_a_script():
     result = run()
     assert result.returncode == 1 and 'python -m timm_spot SCRIPT' in result.stderr
+    result = run('--help')
+    assert result.returncode == 0 and 'python -m timm_spot SCRIPT' in result.stdout
     result = run('no_such_script.py')
     assert result.returncode == 1 and 'there is no script no_such_script.py' in result.stderr
 

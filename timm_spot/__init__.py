@@ -28,9 +28,9 @@ from .ops.windows import sample_windows as sample_windows
 if TYPE_CHECKING:  # what an editor follows; at run time these load on first use, see `_TASKS`
     from .tasks.drawing.placements import draw_placement as draw_placement
     from .tasks.drawing.placements import draw_priors as draw_priors
-    from .tasks.drawing.placements import draw_pruning as draw_pruning
-    from .tasks.drawing.placements import draw_reconstruction as draw_reconstruction
     from .tasks.drawing.placements import draw_seen as draw_seen
+    from .tasks.drawing.pruning import draw_pruning as draw_pruning
+    from .tasks.drawing.reconstruction import draw_reconstruction as draw_reconstruction
     from .tasks.drawing.regions import draw_hierarchy as draw_hierarchy
     from .tasks.drawing.regions import draw_region_means as draw_region_means
     from .tasks.drawing.regions import draw_regions as draw_regions
@@ -53,8 +53,8 @@ _TASKS = {
     'draw_hierarchy': 'drawing.regions',
     'draw_placement': 'drawing.placements',
     'draw_priors': 'drawing.placements',
-    'draw_pruning': 'drawing.placements',
-    'draw_reconstruction': 'drawing.placements',
+    'draw_pruning': 'drawing.pruning',
+    'draw_reconstruction': 'drawing.reconstruction',
     'draw_region_means': 'drawing.regions',
     'draw_regions': 'drawing.regions',
     'draw_seen': 'drawing.placements',

@@ -16,8 +16,11 @@ from .models._timm import let_scripts_read
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] in ('-h', '--help'):
+    if len(sys.argv) < 2:
         sys.exit(__doc__)
+    if sys.argv[1] in ('-h', '--help'):
+        print(__doc__)
+        return
     script = Path(sys.argv[1])
     if not script.is_file():
         sys.exit(f'python -m timm_spot: there is no script {script}')

@@ -6,11 +6,12 @@ import pytest
 import timm
 import torch
 from conftest import random_vit
-from dht_golden import load
+from dht_golden import load, make_model
 from safetensors.torch import save_file
 
 from timm_spot.models import Regions
-from timm_spot.models.dht_checkpoint import checkpoint_filter_fn
+from timm_spot.models.dht_checkpoint import check_finite, checkpoint_filter_fn, find_tensors
+from timm_spot.ops.regions.features import position_histogram
 
 
 def patch_regions(images, side):
@@ -61,15 +62,55 @@ def test_q_norm_and_k_norm_change_places():
     assert torch.equal(out['blocks.1.attn.k_norm.bias'], weights['blocks.1.attn.q_norm.bias'])
 
 
-def test_positions_are_resized_and_keep_their_scale():
-    tensors, _ = load('classifier_64x64')
+@torch.no_grad()
+def test_resized_positions_mean_the_same():
+    """Quarters of the old cells, each with a quarter of the share and, by the new scale, a quarter of its value."""
+    tensors, config = load('classifier_64x64')
     weights = {k.removeprefix('model.'): v for k, v in tensors.items() if k.startswith('model.')}
-    model = timm.create_model(
+    weights['embedder.proj.weight'][:, 192:] = torch.linspace(-1, 1, 32)[:, None]  # constant: resizing changes nothing
+    old = make_model(tensors, config, prefix='model.', depth=2, num_heads=4)
+    new = timm.create_model(
         'dht_vit_pico_patch8_64', embed_dim=32, depth=2, pos_size=16, tokenizer=dict(compute_grad=True))
-    out = checkpoint_filter_fn(weights, model)
-    assert out['patch_embed.pos_proj.weight'].shape == (32, 256) and model.patch_embed.pos_scale == 8
-    assert (out['patch_embed.grad_proj.weight'] == 0).all()
-    model.load_state_dict(out)
+    for model in (old, new):
+        before = dict(model.patch_embed.__dict__), type(model.norm_pre), dict(getattr(model, '_model_args', {}))
+        model.load_state_dict(checkpoint_filter_fn(weights, model))
+        # The filter leaves the model as it is.
+        assert (dict(model.patch_embed.__dict__), type(model.norm_pre), getattr(model, '_model_args', {})) == before
+    assert (new.patch_embed.grad_proj.weight == 0).all()
+    segmentation = torch.arange(64).view(8, 8).repeat_interleave(8, 0).repeat_interleave(8, 1)[None] // 3
+    sizes = torch.bincount(segmentation.flatten())
+    tokens = [
+        model.patch_embed.pos_proj(position_histogram(
+            segmentation, sizes, model.patch_embed.pos_size, model.patch_embed.pos_scale).flatten(1))
+        for model in (old, new)]
+    torch.testing.assert_close(tokens[1], tokens[0], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize('key', ['embedder.cls_token', 'extractor.pixel_mask_token'])
+def test_an_authors_checkpoint_without_a_tensor_is_refused(key):
+    weights = {k.removeprefix('model.'): v for k, v in load('classifier_64x64')[0].items() if k.startswith('model.')}
+    del weights[key]
+    with pytest.raises(ValueError, match=f"lacks '{key}'"):
+        checkpoint_filter_fn(weights, timm.create_model('dht_vit_pico_patch8_64', embed_dim=32, depth=2))
+
+
+@pytest.mark.parametrize('content, match', [
+    (None, 'got NoneType'), ([torch.zeros(1)], 'got list'), ({}, 'an empty one'), (dict(model=3), 'got int'),
+    (dict(a=torch.zeros(1), b='x'), "'b' is a str"), ({3: torch.zeros(1)}, '3 is a Tensor')])
+def test_what_holds_no_weights_is_refused(content, match):
+    with pytest.raises(ValueError, match=match):
+        find_tensors(content)
+
+
+def test_weights_are_found_as_timm_finds_them():
+    plain, averaged = torch.zeros(1), torch.ones(1)
+    found = find_tensors(dict(epoch=1, state_dict=dict(a=plain), state_dict_ema={'module.a': averaged}))
+    assert list(found) == ['a'] and found['a'] is averaged
+
+
+def test_weights_that_are_nan_are_refused():
+    with pytest.raises(ValueError, match='NaN or infinity in b'):
+        check_finite(dict(a=torch.zeros(2), b=torch.tensor([0., float('nan')])))
 
 
 @pytest.mark.parametrize('weights, match', [

@@ -46,6 +46,16 @@ def test_loss_falls(golden):
     assert losses[-1] < 0.9 * losses[0]
 
 
+def test_weights_that_do_not_suit_are_refused(golden):
+    tensors, model = golden
+    weights = {k.removeprefix('model.'): v for k, v in tensors.items() if k.startswith('model.')}
+    del weights['norm.weight']
+    with pytest.raises(ValueError, match=r'(?s)do not suit this model.*"norm.weight"'):
+        model.load_authors(weights)
+    with pytest.raises(ValueError, match='got NoneType'):
+        model.load_authors(None)
+
+
 def test_wrong_backbone():
     with pytest.raises(TypeError, match='got VisionTransformer'):
         timm_spot.DhtSegmenter(timm.create_model('vit_tiny_patch16_224', depth=1), 5)

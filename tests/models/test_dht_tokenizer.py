@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import label
 
 import timm_spot
+from timm_spot.models.dht_tokenizer import RowwiseLinear
 
 EDGE_CASES = ('constant_32x32', 'two_flat_halves_32x32', 'noise_5x7', 'no_level_2x3', 'one_level_32x32')
 
@@ -106,7 +107,8 @@ def test_a_side_that_is_no_multiple_of_four(released):
     """Pixel features are those of the image padded by replication, inside its true area."""
     image = load('released_50x67')[0]['image']
     padded = torch.nn.functional.pad(image, (0, 1, 0, 2), mode='replicate')
-    torch.testing.assert_close(released.conv(image), released.conv(padded)[..., :50, :67], atol=1e-6, rtol=0)
+    # Convolutions of another shape, in float32 and of values about 1.
+    torch.testing.assert_close(released.conv(image), released.conv(padded)[..., :50, :67], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -160,8 +162,73 @@ def test_wrong_images(images, error, match, released):
         released(images)
 
 
+@pytest.mark.parametrize('size', [(1, 1), (1, 5), (1, 6), (6, 1), (2, 3)])
+@torch.no_grad()
+def test_pictures_of_a_few_pixels(size, released):
+    """A flat one of five or six pixels is one region; so it is in a batch, and whatever the budget."""
+    images = torch.full((2, 3, *size), 0.3)
+    for target in (None, 1, 50):
+        regions = released(images, target=target)
+        assert regions.counts.tolist() == [1, 1] and regions.sizes.tolist() == [size[0] * size[1]] * 2
+        assert regions.boxes.T.tolist() == [[0, 0, size[0] - 1, size[1] - 1]] * 2
+        assert regions.levels == []
+        # Its mean is replaced by the predicted colour.
+        torch.testing.assert_close(regions.injected[0, 0, 0], regions.colors[0])
+
+
+def test_as_few_regions_as_pixels_asked_for():
+    tokenizer = timm_spot.HierarchicalTokenizer(min_avg_region=64).eval()
+    with torch.no_grad():
+        regions = tokenizer(torch.full((1, 3, 8, 8), 0.3))
+    assert regions.counts.tolist() == [1] and regions.levels == []
+
+
+def test_rows_do_not_depend_on_their_number():
+    """The guarantee that an image's regions do not depend on its batch: a matrix product fails this for one row."""
+    torch.manual_seed(0)
+    linear, rows = RowwiseLinear(8, 3), torch.randn(1000, 8)
+    whole = linear(rows)
+    for n in (1, 2, 3, 7, 8, 9, 31, 64, 999):
+        assert torch.equal(linear(rows[:n]), whole[:n])
+        assert torch.equal(linear(rows[-n:]), whole[-n:])
+    torch.testing.assert_close(whole, torch.nn.functional.linear(rows, linear.weight, linear.bias))
+
+
+def test_rows_are_summed_in_the_order_of_their_channels():
+    """A matrix product fuses multiplication and addition, and orders them, as the processor and the size suggest."""
+    torch.manual_seed(0)
+    linear, rows = RowwiseLinear(8, 3), torch.randn(1000, 8)
+    with torch.no_grad():
+        for row, out in zip(rows[:50], linear(rows)):
+            for weight, bias, value in zip(linear.weight, linear.bias, out):
+                total = row[0] * weight[0]
+                for i in range(1, 8):
+                    total = total + row[i] * weight[i]
+                assert (total + bias).item() == value.item()
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.trace:FutureWarning')
+@pytest.mark.parametrize('way', ['jit', 'export', 'fx'])
+def test_a_graph_of_it_is_refused_in_words(way, released):
+    images = torch.rand(1, 3, 16, 16)
+    record = dict(
+        jit=lambda: torch.jit.trace(released, images), export=lambda: torch.export.export(released, (images,)),
+        fx=lambda: torch.fx.symbolic_trace(released))[way]
+    with pytest.raises(RuntimeError, match='how many regions an image has depends on its pixels'):
+        record()
+    assert released(images).counts.sum() > 0  # nothing of the attempt is left behind
+
+
+def test_images_without_pixels_are_refused(released):
+    with pytest.raises(RuntimeError, match='images on the meta device have no pixels'):
+        released(torch.rand(1, 3, 16, 16, device='meta'))
+
+
 @pytest.mark.parametrize('settings, match', [
     (dict(criterion='mdl'), 'unknown'), (dict(hid_ch=0), 'hid_ch=0'), (dict(cmp=1.5), r'cmp=1.5'),
+    (dict(cmp=float('nan')), 'cmp=nan'), (dict(iota=0.), 'iota=0.0 must be positive'),
+    (dict(iota=float('inf')), 'iota=inf'), (dict(center=-0.1), r'center=-0.1 must lie in \[0, 1\]'),
+    (dict(min_avg_region=-1), 'min_avg_region=-1'), (dict(inference_target_coeff=0), 'inference_target_coeff=0'),
     (dict(in_chans=1), 'in_chans=1'),
 ])
 def test_wrong_settings(settings, match):
@@ -170,8 +237,16 @@ def test_wrong_settings(settings, match):
 
 
 def test_wrong_target_and_weights(released):
-    with pytest.raises(ValueError, match='target=0'):
-        released(torch.rand(1, 3, 8, 8), target=0)
+    for name, value in (
+            ('target', 0), ('target', 2.5), ('target', float('nan')), ('max_levels', -1), ('boost', float('nan')),
+            ('boost', -1.)):
+        with pytest.raises(ValueError, match=f'{name}={value}'):
+            released(torch.rand(1, 3, 8, 8), **{name: value})
+    with pytest.raises(ValueError, match='got NoneType'):
+        released.load_authors(None)
+    nan = {k: v * float('nan') if v.is_floating_point() else v for k, v in released.state_dict().items()}
+    with pytest.raises(ValueError, match='damaged: NaN'):
+        released.load_authors(nan)
     weights = {k: v for k, v in load('classifier_64x64')[0].items() if k.startswith('model.tokenizer')}
     with pytest.raises(ValueError, match='hid_ch=8'):
         released.load_authors({k.removeprefix('model.'): v for k, v in weights.items()})

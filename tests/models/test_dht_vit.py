@@ -6,7 +6,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload, disk_offload
 from dht_golden import load, make_model
+from torch import nn
+from torch.nn.utils import prune
 
 from timm_spot.models.dht_vit import paint_tokens
 
@@ -162,9 +165,35 @@ def test_drop_path_is_the_same_in_every_block():
 
 
 @torch.no_grad()
-def test_budget_of_a_built_model(tiny, images):
-    tiny.set_placement(n_tokens=9)
+def test_budget_of_a_built_model(tiny, images, tmp_path):
+    tiny.set_budget(9)
     assert tiny.n_tokens == 9 and tiny.segment(images).counts.max() == 9
+    timm.models.save_for_hf(tiny, tmp_path, safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert again.n_tokens == 9 and torch.equal(again(images), tiny(images))
+    tiny.set_budget(None)
+    assert tiny.n_tokens == round(64 / 0.56) and tiny.segment(images).counts.max() > 20
+    timm.models.save_for_hf(tiny, tmp_path, safe_serialization=True)
+    assert timm.create_model(f'local-dir:{tmp_path}').patch_embed.n_tokens is None
+
+
+@torch.no_grad()
+def test_budget_of_one_call(tiny, images):
+    other = copy.deepcopy(tiny)
+    other.set_budget(9)
+    features, expected = tiny.forward_features(images, n_tokens=9), other.forward_features(images)
+    assert torch.equal(features.tokens, expected.tokens) and torch.equal(features.mask, expected.mask)
+    assert torch.equal(tiny.segment(images, n_tokens=9).segmentation, expected.regions.segmentation)
+    assert tiny.n_tokens == 20 and tiny.segment(images).counts.max() == 20  # the model keeps its own
+    with pytest.raises(ValueError, match='target=0 must be a whole number'):
+        tiny.segment(images, n_tokens=0)
+
+
+@pytest.mark.parametrize('n_tokens', [0, -3, 2.5, float('nan')])
+def test_budgets_that_are_none(tiny, n_tokens):
+    with pytest.raises(ValueError, match=f'n_tokens={n_tokens} must be a whole number, at least 1'):
+        tiny.set_budget(n_tokens)
+    assert tiny.n_tokens == 20
 
 
 @torch.no_grad()
@@ -180,3 +209,112 @@ def test_registers_and_no_class_token(images):
 def test_wrong_settings(kwargs, match):
     with pytest.raises(ValueError, match=match):
         timm.create_model('dht_vit_pico_patch8_64', **TINY, **kwargs)
+
+
+@pytest.fixture
+def whole():
+    """A small model that has every kind of learned part."""
+    torch.manual_seed(0)
+    return timm.create_model(
+        'dht_vit_pico_patch8_64', n_tokens=20, qk_norm=True, reg_tokens=1, tokenizer=dict(compute_grad=True),
+        **TINY).eval()
+
+
+class LowRank(nn.Module):
+    """What peft puts in the place of a layer: the layer, and a learned sum of two thin ones. It has no `weight`."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer = layer
+        if isinstance(layer, nn.Linear):
+            self.down, self.up = nn.Linear(layer.in_features, 2), nn.Linear(2, layer.out_features)
+        else:
+            self.down = nn.Conv2d(layer.in_channels, 2, layer.kernel_size, layer.stride)
+            self.up = nn.Conv2d(2, layer.out_channels, 1)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+def test_learned_parts_are_called_as_modules(whole, images):
+    called, expected = set(), set()
+    for name, module in whole.named_modules():
+        if list(module.parameters(recurse=False)):
+            expected.add(name)
+            module.register_forward_hook(lambda module, inputs, output, name=name: called.add(name))
+    with torch.no_grad():
+        whole(images)
+    assert called == expected and {'patch_embed.proj', 'patch_embed.tokenizer.varproj'} < called
+
+
+def test_learned_parts_have_shapes_that_wrappers_expect(whole, images):
+    """As peft does, around every linear layer and convolution: all of it learns."""
+    before = whole(images)
+    layers = [name for name, m in whole.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    for name in layers:
+        parent, _, attribute = name.rpartition('.')
+        setattr(whole.get_submodule(parent), attribute, LowRank(whole.get_submodule(name)))
+    whole.requires_grad_(False)
+    for name in layers:
+        whole.get_submodule(name).down.requires_grad_()
+        whole.get_submodule(name).up.requires_grad_()
+    after = whole(images)
+    after.square().sum().backward()
+    assert not torch.allclose(before, after)
+    for name in layers:
+        gradient = whole.get_submodule(name).up.weight.grad
+        # How similar a vertex is to itself matters only where it prefers itself.
+        assert gradient is not None and (gradient.any() or name.endswith('varproj')), name
+
+
+@torch.no_grad()
+def test_pruned_weights_count(whole, images):
+    before = whole(images)
+    parts = [m for m in whole.patch_embed.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    for part in parts:
+        prune.l1_unstructured(part, 'weight', 0.5)
+    pruned = whole(images)
+    assert not torch.allclose(pruned, before)
+    for part in parts:
+        prune.remove(part, 'weight')
+    assert torch.equal(whole(images), pruned)
+
+
+@pytest.mark.filterwarnings('ignore:torch.ao.quantization is deprecated', 'ignore:torch.quantize_per_tensor')
+@torch.no_grad()
+def test_dynamic_int8(whole, images):
+    quantized = torch.ao.quantization.quantize_dynamic(whole, {nn.Linear}, dtype=torch.qint8)
+    assert type(quantized.patch_embed.pos_proj) is not nn.Linear
+    # Regions are found in full precision.
+    assert torch.equal(quantized.segment(images).segmentation, whole.segment(images).segmentation)
+    difference = (quantized(images) - whole(images)).abs().max()
+    assert 0. < difference < 0.5 * whole(images).abs().max()
+
+
+@torch.no_grad()
+def test_offloaded_weights(whole, images, tmp_path):
+    expected = whole(images)
+    for offloaded in (
+            cpu_offload(copy.deepcopy(whole), execution_device=torch.device('cpu')),
+            disk_offload(copy.deepcopy(whole), tmp_path, execution_device=torch.device('cpu'))):
+        assert offloaded.patch_embed.proj.weight.is_meta
+        assert torch.equal(offloaded(images), expected)
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.trace:FutureWarning')
+@pytest.mark.parametrize('record', [
+    lambda model, x: torch.jit.trace(model, x), lambda model, x: torch.export.export(model, (x,))],
+    ids=['jit', 'export'])
+def test_a_graph_of_it_is_refused_in_words(record, tiny, images):
+    with pytest.raises(RuntimeError, match='how many regions an image has depends on its pixels'):
+        record(tiny, images)
+
+
+@pytest.mark.parametrize('size', [(1, 5), (1, 6), (2, 3), (1, 1)])
+def test_pictures_of_a_few_pixels(tiny, size):
+    images = torch.full((2, 3, *size), 0.3)
+    images[1] = torch.randn(3, *size)
+    together = tiny(images)
+    together.sum().backward()
+    for i in range(2):
+        torch.testing.assert_close(together[i:i + 1], tiny(images[i:i + 1]), atol=1e-5, rtol=1e-5)

@@ -7,7 +7,6 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from timm.models import save_for_hf
 from timm.models._features_fx import get_notrace_modules
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
@@ -15,10 +14,9 @@ from torchvision.models.feature_extraction import NodePathTracer
 
 import timm_spot
 from timm_spot.models import SubpixelVisionTransformer
-from timm_spot.models.pruning_predictor import SCORERS
-from timm_spot.models.pruning_vit import RelevanceSubpixelVisionTransformer, RelevanceVisionTransformer
+from timm_spot.models.pruning_scorers import SCORERS
+from timm_spot.models.pruning_vit import RelevanceSubpixelVisionTransformer
 from timm_spot.tasks.evaluation.flops import count_flops
-from timm_spot.tasks.pictures.digits import draw_canvases, load_digits, to_input
 
 BACKBONES = {
     'class token': dict(),
@@ -90,7 +88,7 @@ def test_an_image_does_not_depend_on_its_neighbours(scorer):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 100), st.sampled_from(SCORERS))
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 100), st.sampled_from(list(SCORERS)))
 def test_every_count(rows, columns, percent, scorer):
     vit = backbone(img_size=(8 * rows, 8 * columns))
     model = timm_spot.sparsify(vit, keep_rate=percent / 100, stages=(1, 2), scorer=scorer)
@@ -282,6 +280,86 @@ def test_another_scorer_on_the_same_backbone(tmp_path):
         model.set_scorer('cls')
 
 
+@torch.no_grad()
+def test_a_copy_at_another_keep_rate_shares_the_weights_and_leaves_the_model_alone():
+    model, x = timm_spot.sparsify(backbone(), keep_rate=0.5, stages=(1, 3), read='all'), images()
+    logits, names = model(x), set(model.state_dict())
+    half, drawn = model.pruned(keep_rate=0.25), model.pruned(scorer='random', scorer_seed=3)
+    assert [index.shape[1] for index in half.kept_tokens(x)] == [4, 1] and half.predictors is model.predictors
+    assert torch.equal(drawn(x), timm_spot.sparsify(backbone(), 0.5, (1, 3), 'random', scorer_seed=3)(x))
+    assert torch.equal(drawn.pruned(scorer_seed=4)(x), model.pruned(scorer='random', scorer_seed=4)(x))
+    assert drawn.blocks is model.blocks and not drawn.predictors
+    assert (model.keep_rate, model.scorer, set(model.state_dict())) == (0.5, 'relevance', names)
+    assert torch.equal(model(x), logits) and torch.equal(model.pruned()(x), logits)
+    assert torch.equal(model.pruned(scorer='relevance')(x), logits)
+    with pytest.raises(ValueError, match="scorer='relevance' needs trained predictors"):
+        drawn.pruned(scorer='relevance')
+    with pytest.raises(ValueError, match='keep_rate=2 must be'):
+        model.pruned(keep_rate=2)
+    assert model.keep_rate == 0.5
+
+
+def test_a_copy_saves_its_own_settings(tmp_path):
+    model = timm.create_model('relevance_deit_tiny_patch16_224', depth=2, img_size=32, keep_rate=0.5)
+    save_for_hf(model.pruned(0.25, 'random', 5), str(tmp_path / 'copy'), safe_serialization=True)
+    save_for_hf(model, str(tmp_path / 'model'), safe_serialization=True)
+    copied, own = (
+        json.loads((tmp_path / name / 'config.json').read_text())['model_args'] for name in ('copy', 'model'))
+    assert (copied['keep_rate'], copied['scorer'], copied['scorer_seed']) == (0.25, 'random', 5)
+    assert own['keep_rate'] == 0.5 and 'scorer' not in own
+
+
+def test_a_keep_rate_set_as_an_attribute_is_checked_and_used():
+    model = timm_spot.sparsify(backbone(), scorer='norm')
+    model.keep_rate = 0.25
+    assert [index.shape[1] for index in model.kept_tokens(images())] == [4, 1, 1]
+    with pytest.raises(ValueError, match='keep_rate=0 must be'):
+        model.keep_rate = 0
+    assert model.keep_rate == 0.25
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])
+def test_a_default_dtype_of_the_moment_does_not_change_which_tokens_fall(dtype):
+    model, x = timm_spot.sparsify(backbone(), keep_rate=0.5, scorer='random'), images()
+    expected = [index.tolist() for index in model.kept_tokens(x)]
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        during = [index.tolist() for index in model.kept_tokens(x)]
+    finally:
+        torch.set_default_dtype(default)
+    assert during == expected == [index.tolist() for index in model.kept_tokens(x)]
+
+
+@torch.no_grad()
+def test_hooks_on_blocks_and_projections_are_called_in_each_pass():
+    """Blocks that are read used to be taken apart."""
+    calls = []
+    for scorer, keep_rate in (('relevance', 0.5), ('norm', 0.5), ('cls-attention', 1)):
+        model = timm_spot.sparsify(backbone(), keep_rate=keep_rate, scorer=scorer)
+        calls.clear()
+        for block in model.blocks:
+            for module in (block, block.attn, block.attn.qkv, block.attn.proj):
+                module.register_forward_hook(lambda *_: calls.append(1))
+        model(images())
+        assert len(calls) == 4 * 4
+        if scorer == 'relevance':
+            model.forward_masked(images())
+            assert len(calls) == 2 * 4 * 4
+
+
+def test_predictors_that_judge_nothing_have_a_gradient_of_zero():
+    model = timm_spot.sparsify(backbone(), keep_rate=1).train()
+    with torch.no_grad():
+        next(model.predictors.parameters()).fill_(torch.nan)  # which must not reach the logits
+    logits = model(images())
+    assert torch.equal(logits, model.eval()(images()))
+    logits.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.predictors.parameters())
+    assert model.blocks[0].attn.qkv.weight.grad.any()
+
+
 @pytest.mark.parametrize('name, reason', [
     ('resnet18', 'it is a ResNet, not a timm VisionTransformer'),
     ('eva02_tiny_patch14_224', 'it is a Eva'),
@@ -327,72 +405,44 @@ def test_what_cannot_be_masked():
         timm_spot.sparsify(backbone())(images(), is_causal=True)
 
 
-@pytest.mark.parametrize('build', [
-    lambda: timm.create_model('relevance_vit', backbone='vit_tiny_patch16_224', img_size=32, depth=3, scorer='norm'),
-    lambda: timm_spot.sparsify('vit_tiny_patch16_224', keep_rate=0.3, stages=(1, 2), read='last', img_size=48, depth=3),
-    lambda: timm_spot.sparsify(
-        timm.create_model('spot_vit_pico_patch8_64', n_tokens=9, sampler='sobol', seed=3), keep_rate=0.5),
-    lambda: timm_spot.sparsify(timm_spot.retrofit('vit_tiny_patch16_224', depth=2, img_size=32, n_tokens=7)),
-    lambda: timm.create_model('relevance_deit_tiny_patch16_224', keep_rate=0.4, depth=2, img_size=32),
-    lambda: timm.create_model('relevance_spot_vit_base_patch16_mae', depth=2, embed_dim=48, n_tokens=5, num_heads=4),
-], ids=['by name', 'sparsify', 'spot', 'retrofit', 'deit', 'spot base'])
-def test_saved_and_reloaded(tmp_path, build):
-    model = build().eval()
-    model.set_keep_rate(0.6)
-    save_for_hf(model, str(tmp_path), safe_serialization=True)
-    assert json.loads((tmp_path / 'config.json').read_text())['architecture'].startswith('relevance_')
-    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
-    assert type(again) is type(model) and again.stages == model.stages and again.keep_rate == 0.6
-    x = images(2, max(model.patch_embed.img_size))
+@pytest.mark.parametrize('scorer', ['relevance', 'random'])
+def test_exports(scorer):
+    model, x = timm_spot.sparsify(backbone(depth=2), scorer=scorer), images()
     with torch.no_grad():
-        assert torch.equal(again(x), model(x))
+        assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
 
 
-def test_weights_of_the_backbone_are_loaded_and_the_predictors_fresh(tmp_path):
-    deit = timm.create_model('deit_tiny_patch16_224', depth=2).eval()
-    save_file(deit.state_dict(), tmp_path / 'deit.safetensors')
-    model = timm.create_model(
-        'relevance_deit_tiny_patch16_224', pretrained=True, depth=2, keep_rate=1,
-        pretrained_cfg_overlay=dict(file=str(tmp_path / 'deit.safetensors'))).eval()
-    assert type(model) is RelevanceVisionTransformer and model.pretrained_cfg['tag'] == 'fb_in1k'
-    x = images(1, 224)
-    with torch.no_grad():
-        assert torch.equal(model(x), deit(x))
-        assert model.set_keep_rate(0.5) is None and model(x).isfinite().all()
-    assert timm.get_pretrained_cfg('relevance_deit_base_patch16_224').hf_hub_id == 'timm/deit_base_patch16_224.fb_in1k'
-
-
-def test_relevance_vit_takes_the_weights_of_its_backbone():
-    model = timm.create_model(
-        'relevance_vit', backbone='spot_vit_pico_patch8_64', pretrained=True, keep_rate=0.9, n_tokens=25).eval()
-    source = timm.create_model('spot_vit_pico_patch8_64', pretrained=True, n_tokens=25).eval()
-    assert model.keep_rate == 0.9 and model.pretrained_cfg['mean'] == (0.1, 0.1, 0.1)
-    model.set_keep_rate(1)
-    with torch.no_grad():
-        assert torch.equal(model(images(2, 64)), source(images(2, 64)))
+@pytest.mark.parametrize('compiler, changes', [
+    ('eager', ((32, 0.7), (48, 0.7), (48, 0.5), (24, 1))), ('inductor', ((32, 0.7), (24, 0.5)))])
+@torch.no_grad()
+def test_a_compiled_model_that_draws_at_three_stages_changes_its_size_and_budget(compiler, changes):
+    """From the second shape on sizes are symbols to the compiler."""
+    torch.compiler.reset()
+    model = timm_spot.sparsify(backbone(dynamic_img_size=True), scorer='random')
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    for size, keep_rate in changes:
+        model.set_keep_rate(keep_rate)
+        torch.testing.assert_close(compiled(images(2, size)), model(images(2, size)), atol=1e-5, rtol=1e-5)
+    torch.compiler.reset()
 
 
 @torch.no_grad()
-def test_shipped_predictors_find_the_digit():
-    model = timm.create_model('relevance_spot_vit_pico_patch8_64', pretrained=True, keep_rate=0.5).eval()
-    source = timm.create_model('spot_vit_pico_patch8_64', pretrained=True)
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in source.state_dict().items())
-    digits, labels = load_digits('held_out')
-    x = to_input(draw_canvases(digits[:100], torch.Generator().manual_seed(0)), model)
-    right = (model(x).argmax(dim=1) == labels[:100]).sum().item()
-    assert right >= 95
-    model.set_scorer('random')
-    assert (model(x).argmax(dim=1) == labels[:100]).sum().item() < right - 20
-
-
-@pytest.mark.parametrize('scorer', ['relevance', 'random'])
-def test_compiles_and_exports(scorer):
+def test_a_compiled_model_with_predictors_changes_its_size_and_budget():
     torch.compiler.reset()
-    model, x = timm_spot.sparsify(backbone(depth=2), scorer=scorer), images()
-    with torch.no_grad():
-        expected = model(x)
-        assert torch.equal(torch.compile(model, fullgraph=True, backend='eager')(x), expected)
-        assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+    model = timm_spot.sparsify(backbone(depth=2, dynamic_img_size=True), read='all')
+    compiled = torch.compile(model, fullgraph=True, backend='eager')
+    for size, keep_rate in ((32, 0.7), (48, 0.7), (24, 0.5)):
+        model.set_keep_rate(keep_rate)
+        torch.testing.assert_close(compiled(images(2, size)), model(images(2, size)), atol=1e-6, rtol=1e-6)
+    torch.compiler.reset()
+
+
+def test_a_compiled_model_trains():
+    torch.compiler.reset()
+    model = timm_spot.sparsify(backbone(depth=2)).train()
+    torch.compile(model, fullgraph=True, backend='eager')(images()).square().sum().backward()
+    assert all(p.grad.any() for p in model.predictors.parameters())
+    torch.compiler.reset()
 
 
 @torch.no_grad()

@@ -2,68 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from timm.layers import Attention, LayerNorm
 
-from timm_spot.models.pruning_predictor import RelevancePredictor, attend, masked_softmax, sample_mask
-
-LAYERS = {
-    'plain': dict(qkv_bias=True),
-    'qk_norm': dict(qk_norm=True, norm_layer=LayerNorm),
-    'scale_norm': dict(scale_norm=True, norm_layer=LayerNorm),
-    'gated': dict(gated=True),
-    'wide heads': dict(attn_head_dim=12),
-}
-
-
-def layer(**kwargs):
-    torch.manual_seed(0)
-    attn = Attention(16, num_heads=2, **kwargs).eval()
-    with torch.no_grad():
-        for p in attn.parameters():
-            p.copy_(torch.randn_like(p) / 2)
-    return attn
-
-
-@pytest.mark.parametrize('kind', LAYERS)
-@pytest.mark.parametrize('fused', [True, False])
-@torch.no_grad()
-def test_output_is_that_of_the_layer_fused_or_not(kind, fused):
-    attn = layer(**LAYERS[kind])
-    attn.fused_attn = fused
-    x = torch.randn(2, 5, 16)
-    output, attention = attend(attn, x)
-    torch.testing.assert_close(output, attn(x), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(attention.sum(dim=-1), torch.ones(2, 2, 5))
-
-
-@pytest.mark.parametrize('kind', LAYERS)
-@torch.no_grad()
-def test_a_masked_token_is_as_if_it_were_not_there(kind):
-    attn = layer(**LAYERS[kind])
-    x = torch.randn(1, 6, 16)
-    left = torch.tensor([1., 1., 0., 1., 0., 1.])
-    output, attention = attend(attn, x, left[None])
-    expected, expected_attention = attend(attn, x[:, left.bool()])
-    torch.testing.assert_close(output[:, left.bool()], expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(attention[:, :, left.bool()][..., left.bool()], expected_attention)
-    assert attention[..., ~left.bool()].abs().max() == 0
-
-
-def test_gradient_of_a_mask_where_it_is_zero():
-    scores = torch.tensor([0.3, -1., 2., 0.], dtype=torch.float64)
-    keep = torch.tensor([1., 0., 1., 0.], dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda k: masked_softmax(scores, k), keep.requires_grad_())
-    gradient = torch.autograd.grad(masked_softmax(scores, keep)[0], keep)[0]
-    assert gradient[1] < 0 and gradient[3] < 0  # either token would have taken from the first
-
-
-def test_a_masked_score_far_above_the_others_does_no_harm():
-    scores = torch.tensor([0., 1e4, 1.], requires_grad=True)
-    keep = torch.tensor([1., 0., 1.], requires_grad=True)
-    weights = masked_softmax(scores, keep)
-    torch.testing.assert_close(weights, torch.tensor([1 / (1 + torch.e), 0., torch.e / (1 + torch.e)]))
-    weights[0].backward()
-    assert scores.grad.isfinite().all() and keep.grad.isfinite().all()
+from timm_spot.models.pruning_predictor import RelevancePredictor, sample_mask
 
 
 def predictor():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import random
 from fractions import Fraction
 
 import pytest
@@ -14,9 +15,11 @@ from timm_spot.ops.attention import (
     class_attention,
     gather_tokens,
     keep_counts,
+    keep_shares,
     keep_top,
     random_scores,
     received_attention,
+    share_counts,
 )
 
 
@@ -163,3 +166,49 @@ def test_random_scores_are_drawn_once():
     assert torch.equal(random_scores(10, seed=3), first)
     assert not torch.equal(random_scores(10, seed=4), first)
     assert len(first.unique()) == 10
+
+
+def test_random_scores_are_those_of_earlier_versions():
+    numbers = random.Random(3)
+    torch.testing.assert_close(random_scores(3, seed=3), torch.tensor([numbers.random() for _ in range(3)]))
+    torch.testing.assert_close(random_scores(2, seed=0), torch.tensor([0.84442185, 0.75795440]))
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])
+def test_random_scores_do_not_follow_the_default_dtype(dtype):
+    expected = random_scores(50, seed=1)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        scores = random_scores(50, seed=1)
+    finally:
+        torch.set_default_dtype(default)
+    assert scores.dtype == torch.float32 and torch.equal(scores, expected)
+
+
+def test_random_scores_do_not_follow_the_default_device():
+    with torch.device('meta'):
+        assert random_scores(5, seed=1).device.type == 'cpu'
+    random_scores(5, seed=1).zero_()  # whoever changes what he was given changes nobody else's
+    assert random_scores(5, seed=1).min() > 0
+
+
+def test_shares_are_exact():
+    assert keep_shares(0.7, 3) == ((7, 10), (49, 100), (343, 1000))
+    assert keep_shares(1, 2) == ((1, 1), (1, 1)) == keep_shares(1., 2)
+    assert share_counts(50, ((49, 100),)) == [25]
+    assert share_counts(3, ((1, 2), (1, 6), (1, 7))) == [2, 1, 1]
+    # numerators beyond 64 bits
+    assert keep_counts(10 ** 4, 0.6180339887498949, 4) == [6180, 3820, 2361, 1459]
+
+
+@pytest.mark.parametrize('class_token', [True, False])
+def test_masked_single_statistics_are_those_of_the_smaller_matrix(class_token):
+    scores = 2 * torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    left = torch.tensor([1., 1., 1., 0., 1., 0., 1., 1.]).bool()
+    keep = left[None, 2:].float()
+    masked = scores.masked_fill(~left, -torch.inf).softmax(dim=-1)
+    smaller = scores[:, :, left][..., left].softmax(dim=-1)
+    for statistic in (class_attention, received_attention):
+        torch.testing.assert_close(
+            statistic(masked, 2, class_token, keep)[:, keep[0].bool()], statistic(smaller, 2, class_token))

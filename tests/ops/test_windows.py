@@ -127,10 +127,18 @@ def test_dtypes():
     (torch.zeros(0, 2), ValueError, 'N >= 1'),
     (torch.zeros(3, 2, device='meta'), ValueError, 'meta'),
     (torch.tensor([[0.5, 0.5], [0.5, float('nan')]]), ValueError, r'NaN or infinity, first at index \(1, 1\)'),
+    (torch.tensor([[0.5, 0.5], [8., 0.5]]), ValueError, r'hold 8 at index \(1, 0\): .* pixels by \(16, 20\)'),
+    (torch.tensor([[[0.5, -5.01]]] * 2), ValueError, r'hold -5.01 at index \(0, 0, 1\): .*never beyond -5 to 6'),
 ])
 def test_bad_positions(positions, error, says):
     with pytest.raises(error, match=says):
-        sample_windows(torch.rand(2, 3, 16, 16), positions, 4)
+        sample_windows(torch.rand(2, 3, 16, 20), positions, 4)
+
+
+def test_positions_outside_the_image_are_taken():
+    """A search moves them there; five image sides away no window sees anything."""
+    windows = sample_windows(torch.ones(1, 1, 8, 8), torch.tensor([[-5., 6.], [0., 0.5]]), 4)
+    assert not windows[0, 0].any() and windows[0, 1].sum() == 8
 
 
 def test_bad_images_and_conventions():

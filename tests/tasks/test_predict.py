@@ -1,98 +1,16 @@
 from __future__ import annotations
 
-import numpy as np
+import os
+
 import pytest
 import timm
 import torch
+from picture_files import noise, write_all
 from PIL import Image
 
-from timm_spot.tasks.pictures.files import find_images
-from timm_spot.tasks.pictures.images import denormalize, load_image, model_transform, to_rgb
-from timm_spot.tasks.predict import class_names, predict
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / 'in').mkdir()
-    for name in ('b.png', 'a.jpg', 'in/c.png'):
-        Image.new('RGB', (80, 60), 'white').save(tmp_path / name)
-    (tmp_path / 'notes.txt').write_text('no picture')
-    return tmp_path
-
-
-def test_files_folders_and_globs(folder):
-    def names(*sources):
-        return [f.name for f in find_images([str(folder / s) for s in sources])]
-
-    assert names('b.png') == ['b.png']
-    assert names('') == ['a.jpg', 'b.png', 'c.png']
-    assert names('*.png') == ['b.png']
-    assert names('**/*.png') == ['b.png', 'c.png']
-    assert names('b.png', '') == ['b.png', 'a.jpg', 'c.png']
-
-
-def test_nothing_to_predict(folder):
-    (folder / 'empty').mkdir()
-    with pytest.raises(FileNotFoundError, match='empty holds no picture'):
-        find_images([str(folder / 'empty')])
-    with pytest.raises(FileNotFoundError, match='no file, no folder and matches nothing'):
-        find_images([str(folder / '*.tiff')])
-
-
-def test_no_picture_and_damaged_picture(folder, pico):
-    transform = model_transform(pico)
-    with pytest.raises(ValueError, match=r'notes\.txt is no picture'):
-        load_image(folder / 'notes.txt', transform)
-    whole = (folder / 'a.jpg').read_bytes()
-    (folder / 'a.jpg').write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(ValueError, match=r'a\.jpg is damaged'):
-        load_image(folder / 'a.jpg', transform)
-
-
-def test_sixteen_bits_are_scaled_down(tmp_path):
-    """PIL's own conversion makes everything from 255 of 65,535 white."""
-    deep = np.array([[0, 257, 32896], [25700, 65278, 65535]], dtype=np.uint16)
-    Image.fromarray(deep).save(tmp_path / 'deep.png')
-    loaded = load_image(tmp_path / 'deep.png', np.asarray)
-    expected = [[[v] * 3 for v in row] for row in ([0, 1, 128], [100, 254, 255])]
-    assert loaded.tolist() == expected
-    older = Image.fromarray(deep.astype(np.int32))
-    older.format = 'PNG'  # as older versions of PIL open the same file
-    assert np.asarray(to_rgb(older)).tolist() == expected
-
-
-def indexed(index, transparency):
-    picture = Image.new('P', (2, 2), index)
-    picture.putpalette([9, 8, 7, 3, 2, 1])
-    picture.info['transparency'] = transparency
-    return picture
-
-
-@pytest.mark.parametrize('picture, expected', [
-    (Image.new('1', (2, 2), 1), (255, 255, 255)),
-    (Image.new('L', (2, 2), 7), (7, 7, 7)),
-    (Image.new('LA', (2, 2), (7, 0)), (7, 7, 7)),
-    (Image.new('RGBA', (2, 2), (9, 8, 7, 0)), (9, 8, 7)),
-    (indexed(1, bytes([0, 128])), (3, 2, 1)),
-    (indexed(0, 0), (9, 8, 7)),
-    (Image.new('CMYK', (2, 2), (0, 0, 0, 255)), (0, 0, 0)),
-])
-def test_every_mode_becomes_rgb(picture, expected):
-    assert to_rgb(picture).getpixel((1, 1)) == expected
-
-
-@pytest.mark.parametrize('dtype', [np.int32, np.float32])
-def test_values_of_unknown_range_are_refused(tmp_path, dtype, pico):
-    Image.fromarray(np.full((70, 70), 9, dtype)).save(tmp_path / 'depth.tiff')
-    with pytest.raises(ValueError, match=r'depth\.tiff cannot be used: its pixels have 32 bits'):
-        load_image(tmp_path / 'depth.tiff', model_transform(pico))
-
-
-def test_transform_is_that_of_the_model(folder, pico):
-    image = load_image(folder / 'b.png', model_transform(pico))
-    assert image.shape == (3, 64, 64)
-    mean, std = pico.pretrained_cfg['mean'][0], pico.pretrained_cfg['std'][0]
-    torch.testing.assert_close(image, torch.full((3, 64, 64), (1 - mean) / std))
+from timm_spot.tasks.pictures.datasets import Pictures
+from timm_spot.tasks.pictures.images import model_transform
+from timm_spot.tasks.predict import class_names, looks_foreign, predict, read_batches
 
 
 def test_class_names(pico):
@@ -112,9 +30,45 @@ def test_predict_sorts_classes(pico):
     assert len(predict(pico, images, class_names(pico), topk=99)[0]) == 10
 
 
-def test_denormalize_undoes_the_transform_of_a_picture():
-    model = timm.create_model('spot_vit_pico_patch8_64', pretrained=True)
-    picture = torch.rand(2, 3, 64, 64)
-    images = (picture - 0.1) / 0.25  # the mean and std of the digits model
-    torch.testing.assert_close(denormalize(model, images), picture)
-    assert denormalize(model, torch.full((3, 64, 64), 9.)).max() == 1
+def test_batches_hold_the_good_pictures_in_order(tmp_path, pico):
+    for i in range(5):
+        noise(20 + i, 20).save(tmp_path / f'good{i}.png')
+    bad = write_all(tmp_path)
+    broken = []
+    batches = list(read_batches(Pictures([str(tmp_path)]), pico, 2, broken))
+    assert [os.path.basename(name) for batch in batches for name in batch.names] == [f'good{i}.png' for i in range(5)]
+    assert all(1 <= len(batch.images) == len(batch.names) <= 2 for batch in batches)
+    assert len(broken) == len(bad) and all(any(name in said for said in broken) for name in bad)
+    transform = model_transform(pico)
+    expected = torch.stack([transform(noise(20 + i, 20)) for i in range(5)])
+    assert torch.equal(torch.cat([batch.images for batch in batches]), expected)
+
+
+def test_a_stream_is_read_in_batches(tmp_path, pico, monkeypatch):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return ((noise(20 + i, 20), 0) for i in range(3))
+
+    monkeypatch.setattr('timm_spot.tasks.pictures.sources.create_dataset', lambda *args, **kwargs: Stream())
+    batches = list(read_batches(Pictures(['wds/some']), pico, 2, []))
+    assert [batch.names for batch in batches] == [['wds/some 0', 'wds/some 1'], ['wds/some 2']]
+
+
+@pytest.mark.parametrize('picture, foreign', [
+    (Image.new('RGB', (64, 64), 'white'), False),
+    (Image.new('RGB', (128, 100)), False),
+    (Image.new('RGB', (129, 20)), True),  # more than twice as wide
+    (Image.new('RGB', (64, 64), (40, 23, 30)), True),  # 17 between the channels
+    (Image.new('RGB', (64, 64), (40, 25, 30)), False),
+])
+def test_what_is_clearly_no_canvas(picture, foreign):
+    assert looks_foreign(picture) == foreign
+
+
+def test_only_the_model_of_digits_minds_photographs(tmp_path):
+    noise(300, 200).save(tmp_path / 'photo.png')
+    Image.new('L', (64, 64)).save(tmp_path / 'canvas.png')
+    for keywords, expected in ((dict(pretrained=True), ['photo.png']), (dict(num_classes=3), [])):
+        model = timm.create_model('spot_vit_pico_patch8_64', **keywords).eval()
+        batch, = read_batches(Pictures([str(tmp_path)]), model, 8, [])
+        assert [os.path.basename(name) for name in batch.foreign] == expected

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -127,6 +130,75 @@ def test_gradients_pass_through_distributed_data_parallel(dense, tmp_path):
                 torch.distributed.destroy_process_group()
         gradients.append({name: p.grad for name, p in task.trainable_module.named_parameters()})
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+TWO_PROCESSES = '''
+import sys
+import timm, torch, timm_spot
+rank, store, keep_rate, backbone = int(sys.argv[1]), sys.argv[2], float(sys.argv[3]), sys.argv[4]
+torch.manual_seed(0)
+model = timm_spot.sparsify(backbone, keep_rate, img_size=64, depth=4, num_classes=3).train()
+torch.distributed.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
+try:
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model.head.weight.clone()
+    for step in range(3):
+        if step == 2:
+            model.set_keep_rate(1.)  # in the middle of training, as a schedule does
+        torch.manual_seed(10 * step + rank)
+        wrapped(torch.randn(2, 3, 64, 64)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(model.head.weight, before)
+    total = sum(p.detach().double().sum() for p in model.parameters())
+    both = [torch.zeros_like(total) for _ in range(2)]
+    torch.distributed.all_gather(both, total)
+    assert torch.equal(*both), both
+finally:
+    torch.distributed.destroy_process_group()
+'''
+
+
+@pytest.mark.parametrize('keep_rate, backbone', [
+    (1., 'vit_tiny_patch16_224'), (0.5, 'vit_tiny_patch16_224'), (1., 'spot_vit_pico_patch8_64')])
+def test_two_processes_train_without_unused_parameters(keep_rate, backbone, tmp_path):
+    """At keep rate 1 the predictors have no part in the logits."""
+    command = [sys.executable, '-c', TWO_PROCESSES]
+    arguments = [str(tmp_path / 'store'), str(keep_rate), backbone]
+    environment = dict(os.environ, OMP_NUM_THREADS='1')
+    processes = [
+        subprocess.Popen([*command, str(rank), *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=200)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_keep_rates_drawn_do_not_follow_the_default_dtype(dense, dtype, monkeypatch):
+    task = RelevanceTask(timm_spot.sparsify(dense), dense, keep_rate=(0.4, 0.6), verbose=False)
+    drawn = []
+
+    def stop(images, keep_rate):
+        drawn.append(keep_rate)
+        raise StopIteration
+
+    monkeypatch.setattr(task.masked, 'forward', stop)
+    default = torch.get_default_dtype()
+    for used in (default, dtype):
+        torch.manual_seed(0)
+        torch.set_default_dtype(used)
+        try:
+            with pytest.raises(StopIteration):
+                task(*batch())
+        finally:
+            torch.set_default_dtype(default)
+    assert drawn[0] == drawn[1] and 0.4 <= drawn[0] <= 0.6
 
 
 def test_wrong_arguments(dense):

@@ -99,9 +99,39 @@ def test_the_model_draws_near_the_picture():
     assert 'stroke-width="1.0"' in timm_spot.RasterToVector(stroke=1.)(image)[0]
 
 
-@pytest.mark.parametrize('options, match', [
-    (dict(smoothing=0), 'smoothing=0'), (dict(patch_size=0), 'patch_size=0'), (dict(tolerance=-1), 'tolerance=-1'),
-    (dict(target=0), 'target=0'), (dict(longest_edge=0.), 'longest_edge=0.0')])
-def test_wrong_options(tokenizer, options, match):
-    with pytest.raises(ValueError, match=match):
-        timm_spot.vectorize(torch.zeros(1, 3, 8, 8), tokenizer, **options)
+NAN, INF = float('nan'), float('inf')
+
+
+@pytest.mark.parametrize('name, value', [
+    *(('smoothing', v) for v in (0, 9, 50, 1.5, NAN)), *(('patch_size', v) for v in (0, 2.5, NAN, INF)),
+    *(('tolerance', v) for v in (-1, 1e6, NAN, INF)), *(('stroke', v) for v in (-1, 1e6, NAN, INF)),
+    *(('longest_edge', v) for v in (0., -1, 1e-9, NAN, -INF)), *(('target', v) for v in (0, 2.5, NAN))])
+def test_options_out_of_their_ranges_are_refused_before_work(name, value, monkeypatch):
+    with pytest.raises(ValueError, match=f'{name}={value} must'):
+        timm_spot.RasterToVector(**{name: value})
+    model = timm_spot.RasterToVector()
+    monkeypatch.setattr(model.tokenizer, 'forward', None)  # no region is looked for
+    with pytest.raises(ValueError, match=f'{name}={value} must'):
+        timm_spot.vectorize(torch.zeros(1, 3, 8, 8), model.tokenizer, **{name: value})
+
+
+def test_unknown_options_are_refused_before_work():
+    with pytest.raises(TypeError, match='smothing'):
+        timm_spot.RasterToVector(smothing=2)
+
+
+def test_options_that_leave_no_outline_are_refused(tokenizer):
+    with pytest.raises(ValueError, match=r'longest_edge=0.5 with tolerance=0.1 .* 2 / 8 = 0.031'):
+        timm_spot.vectorize(torch.zeros(1, 3, 8, 8), tokenizer, longest_edge=0.5)
+    square = torch.full((1, 3, 40, 40), 0.3)
+    # Twice the triangle at a corner is 40 * 40 square px at first, an eighth after each rounding: 0.39 after four.
+    assert timm_spot.vectorize(square, tokenizer, smoothing=4)[0].count('<path') == 1
+    with pytest.raises(ValueError, match=r'smoothing=5 with tolerance=0.1 leaves nothing .* 40 x 40 px'):
+        timm_spot.vectorize(square, tokenizer, smoothing=5)
+    # By the authors' own settings single pixels leave the background only, as in their code.
+    assert timm_spot.vectorize(square[..., :1, :1], tokenizer)[0].count('<path') == 0
+
+
+def test_edges_left_whole(tokenizer):
+    image = load('svg_48x48')[0]['image']
+    assert timm_spot.vectorize(image, tokenizer, longest_edge=INF) == timm_spot.vectorize(image, tokenizer)

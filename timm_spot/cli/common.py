@@ -1,98 +1,177 @@
 """What the sub-commands share: the group, models by name, errors in one line."""
 from __future__ import annotations
 
-import difflib
+import traceback
 import warnings
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Optional
+from typing import Any, Callable, Iterator
 
 import click
 import timm
 from safetensors import SafetensorError
 from torch import nn
 
-import timm_spot
-
+from .. import __version__
+from ..tasks.evaluation.families import Family, family_of
+from ..tasks.extras import install_hint
+from ..tasks.pictures.files import printable
 from ..tasks.pictures.saliency_maps import choose_prior
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-BATCH_SIZE = 32
-DEFAULT_MODEL = 'spot_vit_pico_patch8_64'
-NAMES = ['spot_*', 'dht_*', 'relevance_spot_*']
+from .params import check_model_name, told
 
 
 @click.group(context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
-@click.version_option(timm_spot.__version__)
-def main() -> None:
+@click.version_option(__version__)
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Vision Transformers off the grid."""
+    ctx.call_on_close(_show_warnings_in_one_line())
+
+
+def _show_warnings_in_one_line() -> Callable[[], None]:
+    """Until what is returned is called."""
+    shown = warnings.showwarning
     warnings.showwarning = lambda message, *_: click.secho(f'warning: {message}', fg='yellow', err=True)
+
+    def restore() -> None:
+        warnings.showwarning = shown
+
+    return restore
 
 
 @contextmanager
 def clean_errors() -> Iterator[None]:
-    """Turn what a user can put right into one line and exit status 1, without a traceback."""
+    """Turn what a user can put right into one line and exit status 1; errors of a program keep their traceback."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError, SafetensorError) as e:
-        raise click.ClickException(str(e) or type(e).__name__) from e
+    except ModuleNotFoundError as e:
+        hint = install_hint(e)
+        if hint is None:
+            raise
+        raise click.ClickException(hint) from e
+    except (TypeError, ImportError) as e:
+        if not _is_told(e):
+            raise
+        raise told(e) from e
+    except (ValueError, RuntimeError, OSError, SafetensorError) as e:
+        raise told(e) from e
 
 
-def create_any_model(name: str, weights: Optional[str] = None, **kwargs: Any) -> nn.Module:
-    """A timm model in eval mode with its weights; for an unknown name an error with the closest known ones."""
-    if ':' not in name and not timm.is_model(name):
-        known = timm.list_models(NAMES) + timm.list_models(NAMES, include_tags=True)
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ''
-        raise ValueError(f'unknown model {name}.{hint} `timm-spot models` lists them all.')
+def _is_told(error: Exception) -> bool:
+    """Whether someone wrote `raise` for it, and not Python stumbled over a mistake in a program."""
+    return (traceback.extract_tb(error.__traceback__)[-1].line or '').startswith('raise ')
+
+
+def create_any_model(name: str, weights: str | None = None, pretrained: bool = True, **kwargs: Any) -> nn.Module:
+    """A timm model in eval mode with its weights; for an unknown name an error with the closest known ones.
+
+    Args:
+        name: See `check_model_name`.
+        weights: File of the weights, by default the registered ones.
+        pretrained: Leave the weights at random otherwise, unless there is a file.
+        **kwargs: Of `timm.create_model`; None stands for the model's own.
+    """
+    name = check_model_name(name)
     overlay = dict(file=weights) if weights else None
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+    try:
+        model = timm.create_model(
+            name, pretrained=pretrained or weights is not None, pretrained_cfg_overlay=overlay, **kwargs)
+    except TypeError as e:  # of a keyword that it does not take, or that its config.json sets to nonsense
+        raise ValueError(f'{name} cannot be made: {e}') from e
+    return model.eval()
 
 
-def create_model(name: str, weights: Optional[str] = None, **kwargs: Any) -> nn.Module:
-    """A model of ours, see `create_any_model`; an error for any other."""
+def create_model(
+        name: str, weights: str | None = None, n_tokens: int | None = None, **kwargs: Any) -> nn.Module:
+    """A model of one of our families, see `create_any_model`; an error for any other.
+
+    Args:
+        name: Likewise.
+        weights: Likewise.
+        n_tokens: Budget, by default the model's own.
+        **kwargs: Likewise.
+    """
     model = create_any_model(name, weights, **kwargs)
-    if not isinstance(model, timm_spot.models.SubpixelVisionTransformer) and not is_dht(model):
+    family = family_of(model)
+    if not family.patterns:
         raise ValueError(f'{name} is no model of timm_spot: `timm-spot models` lists those that are.')
+    if n_tokens is not None:
+        family.set_budget(model, n_tokens)
     return model
 
 
-def create_subpixel_model(name: str, weights: Optional[str] = None, **kwargs: Any) -> nn.Module:
-    """A model of ours that places its tokens; an error for a dHT model."""
-    model = create_model(name, weights, **kwargs)
-    if is_dht(model):
-        raise ValueError(
-            f'{name} is a dHT model, whose tokens are regions that it finds itself: this command is for subpixel ViTs.')
-    return model
+def create_subpixel_model(name: str, weights: str | None = None, **kwargs: Any) -> nn.Module:
+    """A model of ours that places its tokens; an error, before any weights are read, for others."""
+    family = family_of(create_model(name, pretrained=False, device='meta'))
+    if not family.has_samplers:
+        raise ValueError(f'{name} is a {family.name} model, whose {family.tokens}: this command is for subpixel ViTs.')
+    return create_model(name, weights, **kwargs)
 
 
-def is_dht(model: nn.Module) -> bool:
-    return isinstance(model, timm_spot.models.DhtVisionTransformer)
+def create_placed_model(
+        name: str,
+        weights: str | None = None,
+        *,
+        device: str = 'cpu',
+        n_tokens: int | None = None,
+        sampler: str | None = None,
+        saliency: str | None = None,
+        **given: Any,
+) -> nn.Module:
+    """A model of ours on a device, with the budget, placer and seed of a command line.
+
+    What does not suit the model's family is refused before any weights are read, sampler and saliency included; these
+    two `set_prior` gives to the model.
+    """
+    family = family_of(create_model(name, pretrained=False, device='meta'))
+    check_placement(family, dict(given, sampler=sampler, saliency=saliency))
+    model = create_model(name, weights, **given)
+    if n_tokens is not None:
+        family.set_budget(model, n_tokens)
+    return model.to(device)
 
 
-saliency_option = click.option(
-    '--saliency', metavar='spectral|attention:NAME|FOLDER',
-    help="Map for the salient samplers (without --sampler: 'salient'): spectral residual, the attention of a "
-         'pretrained timm ViT, or a folder with a map for each picture.')
+def check_placement(family: Family, given: dict[str, Any]) -> None:
+    """Raise ValueError for options on where tokens lie, given to a family whose models find that themselves."""
+    useless = [f'--{name}' for name in ('sampler', 'saliency', 'placer', 'seed') if given.get(name) is not None]
+    if useless and not family.has_samplers:
+        raise ValueError(f"a {family.name} model's {family.tokens}: leave out {' and '.join(useless)}.")
 
 
 def set_prior(
-        model: nn.Module, sampler: Optional[str], saliency: Optional[str], transform: Callable[..., Any],
+        model: nn.Module, sampler: str | None, saliency: str | None, transform: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """`choose_prior`, which a dHT model has no use for: its tokens follow the image."""
-    if not is_dht(model):
+    """`choose_prior`, for which families without samplers have no use."""
+    family = family_of(model)
+    if family.has_samplers:
         return choose_prior(model, sampler, saliency, transform)
-    if sampler or saliency:
-        raise ValueError('a dHT model finds its tokens itself: leave out --sampler and --saliency.')
+    check_placement(family, dict(sampler=sampler, saliency=saliency))
     return lambda *_: None
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    import matplotlib.pyplot as plt
+def kinds_of(model: nn.Module) -> tuple[str, ...]:
+    """Names of the drawings that can be made of a model, the usual one first.
 
-    try:
-        figure.savefig(path, dpi=150)
-    finally:
-        plt.close(figure)
+    Raises:
+        ValueError: There are none.
+    """
+    family = family_of(model)
+    if not family.kinds:
+        raise ValueError(f'nothing can be drawn of a {family.name} model, whose {family.tokens}.')
+    return family.kinds
+
+
+def warn_of_foreign(files: list[str]) -> None:
+    """Say of pictures that a model of digits is given, if there are any, that it reads no such."""
+    if files:
+        more = f' and {len(files) - 1} more' if len(files) > 1 else ''
+        click.secho(
+            f'warning: this model reads digits on canvases of 64 x 64 pixels; {printable(files[0])}{more} is no such '
+            'picture: for photographs give another --model', fg='yellow', err=True)
+
+
+def report_broken(messages: list[str]) -> None:
+    """Name what could not be done, after all that could, and end with exit status 1 if there is any."""
+    for message in messages:
+        click.secho(f'error: {message}', fg='red', err=True)
+    if messages:
+        raise SystemExit(1)

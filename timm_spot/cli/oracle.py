@@ -1,7 +1,6 @@
 """`timm-spot oracle`."""
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import fields
 from typing import Any
@@ -12,25 +11,44 @@ import torch
 from ..tasks.kept import check_output
 from ..tasks.pictures.datasets import Pictures
 from ..tasks.search.dataset_run import list_broken, run_oracle
-from ..tasks.search.draws import check_draw_seed
 from ..tasks.search.objectives import OBJECTIVES
 from ..tasks.search.settings import Search
-from .common import BATCH_SIZE, DEFAULT_MODEL, clean_errors, create_subpixel_model, main
+from .common import clean_errors, create_subpixel_model, main
+from .options import (
+    DEFAULT_MODEL,
+    Renamed,
+    amp_option,
+    batch_size_option,
+    class_map_option,
+    device_option,
+    model_option,
+    n_tokens_option,
+    placer_option,
+    saliency_option,
+    seed_option,
+    weights_option,
+    workers_option,
+)
+from .params import StartName
+from .progress import show_progress
 
 
 @main.command()
 @click.argument('data')
-@click.option('--model', 'name', default=DEFAULT_MODEL, show_default=True, help='Name, hf-hub:ID or local-dir:PATH.')
-@click.option('--weights', type=click.Path(), help="Checkpoint: timm_spot's, the authors' or a timm ViT's.")
+@model_option(default=DEFAULT_MODEL, show_default=True)
+@weights_option
 @click.option('--dataset', 'kind', default='',
               help="timm's name of the data set in the folder DATA, such as torch/cifar10.")
 @click.option('--data-dir', help='Folder of a data set that DATA names with a prefix.')
 @click.option('--split', default='validation', show_default=True)
-@click.option('--class-map', default='', help="Names of the model's classes in order, one a line, for a folder or tar.")
-@click.option('--n-tokens', type=int, help='Budget; by default that of the model.')
-@click.option('--init', default='isotropic', show_default=True,
-              help="Sampler of the start, or the model's own placer by its name.")
-@click.option('--saliency', metavar='spectral|attention:NAME|FOLDER', help='Maps for a salient --init.')
+@class_map_option
+@n_tokens_option
+@click.option('--sampler', '--init', 'init', cls=Renamed, type=StartName(),
+              show_default='that of --placer, or isotropic',
+              help="Spatial prior of the start, or the model's own placer by its name.")
+@saliency_option
+@placer_option
+@seed_option(0)
 @click.option('--objective', type=click.Choice(list(OBJECTIVES)), default='label', show_default=True)
 @click.option('--steps', type=int, default=5, show_default=True)
 @click.option('--lr', type=float, default=3e-3, show_default=True)
@@ -39,13 +57,11 @@ from .common import BATCH_SIZE, DEFAULT_MODEL, clean_errors, create_subpixel_mod
 @click.option('--bounds', type=click.Choice(['none', 'clamp', 'reflect']), default='none', show_default=True)
 @click.option('--patience', type=int, help='Stop an image whose loss did not fall for so many steps.')
 @click.option('--tol', type=float, default=0., show_default=True, help='Smallest fall that counts.')
-@click.option('--batch-size', type=click.IntRange(min=1), default=BATCH_SIZE, show_default=True)
-@click.option('--seed', type=int, default=0, show_default=True, help='For samplers that draw.')
-@click.option('--workers', type=click.IntRange(min=0), default=0, show_default=True,
-              help='Processes that read pictures.')
+@batch_size_option()
+@workers_option
 @click.option('--skip-broken', is_flag=True, help='Leave out pictures that cannot be read, and list them.')
-@click.option('--device', default='cpu', show_default=True)
-@click.option('--amp-dtype', type=click.Choice(['bfloat16', 'float16']), help='Run the model under autocast.')
+@device_option
+@amp_option
 @click.option('--out', type=click.Path(dir_okay=False), required=True, help='RESULT.safetensors to write.')
 def oracle(
         data: str,
@@ -55,33 +71,35 @@ def oracle(
         data_dir: str | None,
         split: str,
         class_map: str,
+        init: str | None,
+        placer: str | None,
         device: str,
+        amp: str | None,
         out: str,
-        **options: Any,
+        **given: Any,
 ) -> None:
     """Search the placement of every image of DATA by gradient (SPoT-ON), an upper bound: 'label' sees the label.
 
     DATA is 'digits' (the shipped canvases), a folder or tar of pictures, or a data set of timm by name, such as
     hfds/imagenet-1k. A run that was killed goes on where it was.
     """
-    amp_dtype = options.pop('amp_dtype')
-    options['amp_dtype'] = getattr(torch, amp_dtype) if amp_dtype else None
-    search = {field.name: options.pop(field.name) for field in fields(Search) if field.name in options}
+    given['amp_dtype'] = amp and getattr(torch, amp)
+    search = {field.name: given.pop(field.name) for field in fields(Search) if field.name in given}
     with clean_errors():
         # What is wrong with the command line shows before a model is built.
         Search(**search)
-        check_draw_seed(options['seed'])
         check_output(out)
         pictures = Pictures(kind or data, split, data if kind else data_dir, class_map)
-        model = create_subpixel_model(name, weights).to(device)
+        model = create_subpixel_model(name, weights, placer=placer).to(device)
         counts: list[int] = []
         begin = time.monotonic()
-        with click.progressbar(length=len(pictures), file=sys.stderr, label='oracle', show_pos=True) as bar:
+        with show_progress(len(pictures), 'oracle') as progress:
             def advance(count: int) -> None:
                 counts.append(count)
-                bar.update(count)
+                progress.update(count)
 
-            result = run_oracle(model, pictures, out, progress=advance, **options, **search)
+            result = run_oracle(
+                model, pictures, out, init=init or placer or 'isotropic', progress=advance, **given, **search)
         rate = sum(counts[1:]) / (time.monotonic() - begin)
         broken = list_broken(out)
     for message in broken:

@@ -2,60 +2,70 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable
 
 import click
 import timm
 import torch
 from torch import nn
 
-import timm_spot
-
 from ..tasks import predict as prediction
+from ..tasks.drawing.figure import check_figure
+from ..tasks.drawing.kinds import KINDS, Settings, Subject
+from ..tasks.evaluation.families import name_patterns
 from ..tasks.pictures.datasets import Pictures
 from ..tasks.pictures.files import printable
-from ..tasks.pictures.images import denormalize, model_transform
+from ..tasks.pictures.images import model_transform
 from .common import (
-    BATCH_SIZE,
-    DEFAULT_MODEL,
-    NAMES,
     clean_errors,
-    create_model,
-    is_dht,
+    create_placed_model,
+    kinds_of,
     main,
-    saliency_option,
-    save_figure,
+    report_broken,
     set_prior,
+    warn_of_foreign,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .options import (
+    DEFAULT_MODEL,
+    amp_option,
+    batch_size_option,
+    device_option,
+    model_option,
+    n_tokens_option,
+    placer_option,
+    saliency_option,
+    sampler_option,
+    seed_option,
+    weights_option,
+)
+from .params import COUNT, OutputFile
+from .progress import show_progress
 
 
 @main.command()
 @click.argument('images', nargs=-1, required=True)
-@click.option('--model', 'name', default=DEFAULT_MODEL, show_default=True, help='Name, hf-hub:ID or local-dir:PATH.')
-@click.option('--n-tokens', type=int, help='Budget; by default that of the model.')
-@click.option('--sampler', help='Spatial prior that places the tokens; by default that of the model.')
+@model_option(default=DEFAULT_MODEL, show_default=True)
+@weights_option
+@n_tokens_option
+@sampler_option
 @saliency_option
-@click.option('--topk', type=click.IntRange(min=1), default=5, show_default=True, help='Classes for each picture.')
-@click.option('--weights', type=click.Path(), help="Checkpoint: timm_spot's, the authors' or a timm ViT's.")
+@placer_option
+@seed_option()
+@click.option('--topk', type=COUNT, default=5, show_default=True, help='Classes for each picture.')
 @click.option('--json', 'as_json', is_flag=True, help='Print one JSON list instead of lines.')
-@click.option('--save-placement', type=click.Path(path_type=Path), metavar='PNG',
+@click.option('--save-placement', type=OutputFile(), metavar='PNG',
               help='Save the picture with its windows, as .png, .svg, .pdf ...; of several pictures NAME-<picture>.png '
                    'for each, numbered where two have one name.')
+@batch_size_option()
+@device_option
+@amp_option
 def predict(
-        images: Tuple[str, ...],
+        images: tuple[str, ...],
         name: str,
-        n_tokens: Optional[int],
-        sampler: Optional[str],
-        saliency: Optional[str],
-        topk: int,
-        weights: Optional[str],
         as_json: bool,
-        save_placement: Optional[Path],
+        save_placement: Path | None,
+        **given: Any,
 ) -> None:
     """Print the most probable classes of IMAGES (files, folders, tars, globs, or a data set by name).
 
@@ -64,12 +74,12 @@ def predict(
     """
     with clean_errors():
         if save_placement is not None:
-            _check_suffix(save_placement)
+            save_placement = save_placement if save_placement.suffix else save_placement.with_suffix('.png')
+            check_figure(save_placement)
         pictures = Pictures(images)
         broken, results = list(pictures.broken), []
         if len(pictures) or pictures.is_stream:
-            model = create_model(name, weights, n_tokens=n_tokens)
-            results = _predict(model, pictures, broken, sampler, saliency, topk, save_placement)
+            results = _predict(pictures, broken, name, save_placement, **given)
     if as_json:
         click.echo(json.dumps(
             [dict(file=file, classes=[score._asdict() for score in row]) for file, row in results], indent=1))
@@ -77,55 +87,55 @@ def predict(
         for file, row in results:
             scores = '  '.join(f'{score.name} {score.probability:.1%}' for score in row)
             click.echo(f'{printable(file)}  {scores}')
-    for message in broken:
-        click.secho(f'error: {message}', fg='red', err=True)
-    if broken:
-        raise SystemExit(1)
+    report_broken(broken)
 
 
 def _predict(
-        model: nn.Module,
         pictures: Pictures,
-        broken: List[str],
-        sampler: Optional[str],
-        saliency: Optional[str],
+        broken: list[str],
+        name: str,
+        save_placement: Path | None,
         topk: int,
-        save_placement: Optional[Path],
-) -> List[Tuple[str, List[prediction.ClassScore]]]:
+        batch_size: int,
+        sampler: str | None,
+        saliency: str | None,
+        device: str,
+        amp: str | None,
+        **given: Any,
+) -> list[tuple[str, list[prediction.ClassScore]]]:
     """Names and classes of all pictures that can be read; what is wrong with the others goes into `broken`."""
+    model = create_placed_model(name, device=device, sampler=sampler, saliency=saliency, **given)
     names = prediction.class_names(model)
     set_saliency = set_prior(model, sampler, saliency, model_transform(model))
-    results, foreign, used = [], [], set()
-    with click.progressbar(length=len(pictures), file=sys.stderr, label='predict') as bar:
-        for batch in prediction.read_batches(pictures, model, BATCH_SIZE, broken):
-            set_saliency(batch.images, batch.names)
-            results += zip(batch.names, prediction.predict(model, batch.images, names, topk))
+    draw = None if save_placement is None else _placement_drawer(model, save_placement, len(pictures) != 1)
+    results, foreign = [], []
+    with show_progress(len(pictures), 'predict') as progress:
+        for batch in prediction.read_batches(pictures, model, batch_size, broken):
+            images = batch.images.to(device)
+            set_saliency(images, batch.names)
+            with torch.autocast(images.device.type, amp and getattr(torch, amp), enabled=amp is not None):
+                results += zip(batch.names, prediction.predict(model, images, names, topk))
             foreign += batch.foreign
-            if save_placement is not None:
-                for file, figure in zip(batch.names, _draw_placements(model, batch.images)):
-                    save_figure(figure, _picture_path(save_placement, file, len(pictures) != 1, used))
-            bar.update(len(batch.names))
-    if foreign:
-        more = f' and {len(foreign) - 1} more' if len(foreign) > 1 else ''
-        click.secho(
-            f'warning: this model reads digits on canvases of 64 x 64 pixels; {printable(foreign[0])}{more} is no such '
-            'picture: for photographs give another --model', fg='yellow', err=True)
+            for file, image in zip(batch.names, images.split(1)) if draw else ():
+                set_saliency(image, [file])
+                draw(file, Subject(model, image))
+            progress.update(len(batch.names))
+    warn_of_foreign(foreign)
     return results
 
 
-def _check_suffix(path: Path) -> None:
-    from matplotlib.backend_bases import FigureCanvasBase
+def _placement_drawer(model: nn.Module, path: Path, several: bool) -> Callable[[str, Subject], None]:
+    """What draws where a model's tokens lie, for the file of a picture."""
+    kind, used = KINDS[kinds_of(model)[0]], set()
 
-    known = sorted(FigureCanvasBase.get_supported_filetypes())
-    if path.suffix[1:].lower() not in ('', *known):
-        raise ValueError(f"--save-placement {path} must end in one of {', '.join(known)}.")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f'--save-placement {path}: there is no folder {path.parent}.')
+    def draw(file: str, subject: Subject) -> None:
+        kind.write(subject, Settings(), _picture_path(path, file, several, used))
+
+    return draw
 
 
-def _picture_path(path: Path, file: str, several: bool, used: Set[str]) -> Path:
+def _picture_path(path: Path, file: str, several: bool, used: set[str]) -> Path:
     """Where the placement of a picture goes: a file of its own."""
-    path = path if path.suffix else path.with_suffix('.png')
     if not several:
         return path
     stem = f'{path.stem}-{printable(Path(file).stem)}'
@@ -137,24 +147,11 @@ def _picture_path(path: Path, file: str, several: bool, used: Set[str]) -> Path:
     return path.with_name(chosen + path.suffix)
 
 
-def _draw_placements(model: nn.Module, images: torch.Tensor) -> Iterator[Figure]:
-    """Draw the windows, or the regions, that a model takes as the tokens of images (B, C, H, W), one by one."""
-    pictures = denormalize(model, images)
-    # Placed as one batch: the maps of a salient sampler are those of the batch.
-    places: Sequence[torch.Tensor] = model.segment(images).segmentation if is_dht(model) else model.place(images)
-    for picture, place in zip(pictures, places):
-        if is_dht(model):
-            yield timm_spot.draw_regions(picture, place).figure
-        else:
-            embed = model.patch_embed
-            yield timm_spot.draw_placement(picture, place, embed.window, convention=embed.convention).figure
-
-
 @main.command()
 def models() -> None:
     """List names, tags, parameters and where the weights come from."""
     rows = [('model', 'tag', 'parameters', 'weights')]
-    for name in timm.list_models(NAMES):
+    for name in timm.list_models(name_patterns()):
         parameters = sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
         for tagged in timm.list_models(f'{name}.*', include_tags=True) or [name]:
             cfg = timm.get_pretrained_cfg(tagged)

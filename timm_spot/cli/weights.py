@@ -2,18 +2,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Optional
+from typing import Any
 
 import click
 
 from .common import clean_errors, create_subpixel_model, main
+from .options import n_tokens_option, placer_option, sampler_option, seed_option, weights_option
+from .params import ModelName, OutputFile, OutputFolder
 
 
 @main.command()
 @click.argument('source')
-@click.argument('dest', type=click.Path(path_type=Path))
-@click.option('--model', help="timm's name of what the weights belong to, where SOURCE does not say.")
-def convert(source: str, dest: Path, model: Optional[str]) -> None:
+@click.argument('dest', type=OutputFolder())
+@click.option('--model', type=ModelName(), help="timm's name of what the weights belong to, where SOURCE does not say.")
+def convert(source: str, dest: Path, model: str | None) -> None:
     """Convert SOURCE into the folder DEST: safetensors, config.json, model card.
 
     SOURCE is the authors' .pth, a timm checkpoint (.pth, .pth.tar, .safetensors) of a subpixel ViT or of any ViT that
@@ -28,20 +30,24 @@ def convert(source: str, dest: Path, model: Optional[str]) -> None:
 
 
 @main.command()
-@click.argument('name', metavar='MODEL')
-@click.argument('out', type=click.Path(path_type=Path, dir_okay=False), metavar='OUT.onnx|OUT.pt2')
-@click.option('--weights', type=click.Path(), help="Checkpoint: timm_spot's, the authors' or a timm ViT's.")
-@click.option('--n-tokens', type=int, help='Budget; by default that of the model.')
+@click.argument('name', type=ModelName(ours=True), metavar='MODEL')
+@click.argument('out', type=OutputFile('.onnx', '.pt2'), metavar='OUT.onnx|OUT.pt2')
+@weights_option
+@n_tokens_option
+@sampler_option
+@placer_option
+@seed_option()
 @click.option('--positions-as-input', is_flag=True, help='Let the placement (B, N, 2), of any budget, be an input.')
-def export(name: str, out: Path, weights: Optional[str], n_tokens: Optional[int], positions_as_input: bool) -> None:
-    """Write MODEL (name, hf-hub:ID or local-dir:PATH) as ONNX or as PyTorch's exported program.
+def export(name: str, out: Path, positions_as_input: bool, **placement: Any) -> None:
+    """Write MODEL as ONNX or as PyTorch's exported program.
 
-    The batch is dynamic, the image size the model's own. What was written is loaded back and compared.
+    MODEL is a name, hf-hub:ID, local-dir:PATH or a folder with a config.json. The batch is dynamic, the image size the
+    model's own. What was written is loaded back and compared.
     """
     from ..tasks.publishing.export import export_model
 
     with clean_errors():
-        difference = export_model(create_subpixel_model(name, weights, n_tokens=n_tokens), out, positions_as_input)
+        difference = export_model(create_subpixel_model(name, **placement), out, positions_as_input)
     click.echo(f'{out} ({out.stat().st_size / 1e6:.1f} MB), largest difference to the model {difference:.1g}')
 
 
@@ -51,7 +57,7 @@ def export(name: str, out: Path, weights: Optional[str], n_tokens: Optional[int]
 @click.option('--private', is_flag=True, help='Make a new repository private.')
 @click.option('--revision', help='Branch to push to; made if there is none.')
 @click.option('--dry-run', is_flag=True, help='Check the folder and say what would be sent; send nothing.')
-def push(folder: Path, repo_id: str, private: bool, revision: Optional[str], dry_run: bool) -> None:
+def push(folder: Path, repo_id: str, private: bool, revision: str | None, dry_run: bool) -> None:
     """Publish FOLDER, as `timm-spot convert` writes it, on the Hugging Face Hub.
 
     Sends the weights (safetensors), config.json and the model card; with a results.csv in the folder the card shows

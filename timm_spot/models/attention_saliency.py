@@ -4,14 +4,15 @@ Paper: `Emerging Properties in Self-Supervised Vision Transformers` (DINO) - htt
 """
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
-from typing import Iterator, List, Tuple
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..ops.saliency import normalize_saliency
+from ._shallow import shallow_copy
+from .attention import tap_attention
 
 
 @torch.no_grad()
@@ -55,13 +56,13 @@ def attention_saliency(vit: nn.Module, images: torch.Tensor, block: int = -1) ->
     lattice = vit.lattice if hasattr(vit, 'lattice') else vit.patch_embed.dynamic_feat_size
     rows, columns = lattice(images.shape[-2:])
 
-    attention = torch.stack(_record_attention(vit, images, block)).float().mean(dim=(0, 2))  # B L L
+    attention = torch.stack(_read_attention(vit, images, block)).float().mean(dim=(0, 2))  # B L L
     maps = attention[:, 0, -rows * columns:].unflatten(1, (rows, columns))
     maps = F.interpolate(maps[:, None], (H, W), mode='bilinear')[:, 0]
     return normalize_saliency(maps)
 
 
-def _input_size(vit: nn.Module, height: int, width: int) -> Tuple[int, int]:
+def _input_size(vit: nn.Module, height: int, width: int) -> tuple[int, int]:
     """The size at which `vit` takes images of this size: its own, or the nearest whole number of patches."""
     embed = vit.patch_embed
     if getattr(embed, 'strict_img_size', False):
@@ -70,30 +71,15 @@ def _input_size(vit: nn.Module, height: int, width: int) -> Tuple[int, int]:
     return max(1, round(height / ky)) * ky, max(1, round(width / kx)) * kx
 
 
-def _record_attention(vit: nn.Module, images: torch.Tensor, block: int) -> List[torch.Tensor]:
-    training = {m: m.training for m in vit.modules()}
+def _read_attention(vit: nn.Module, images: torch.Tensor, block: int) -> list[torch.Tensor]:
+    """Attention (B, heads, L, L) of each attention layer of a block (one, but for some variants), in eval mode."""
+    block %= len(vit.blocks)
     with ExitStack() as restore:
-        for module, mode in training.items():
-            restore.callback(setattr, module, 'training', mode)
-        recorded = restore.enter_context(recorded_attention(vit.blocks[block]))
+        for module in vit.modules():
+            restore.callback(setattr, module, 'training', module.training)
         vit.eval()
+        tapped, taps = tap_attention(vit.blocks[block])
+        vit = shallow_copy(vit, blocks=shallow_copy(vit.blocks, **{str(block): tapped}))
         vit.forward_intermediates(
-            images, indices=[block % len(vit.blocks)], stop_early=True, intermediates_only=True, output_fmt='NLC')
-    return recorded
-
-
-@contextmanager
-def recorded_attention(block: nn.Module) -> Iterator[List[torch.Tensor]]:
-    """Attention (B, heads, L, L) of each attention layer in a block (one, but for some variants), as it runs."""
-    layers = [m for m in block.modules() if hasattr(m, 'fused_attn') and hasattr(m, 'attn_drop')]
-    if not layers:
-        raise TypeError(f'vit must be a timm VisionTransformer, its {type(block).__name__} has attention of its own.')
-    recorded: List[torch.Tensor] = []
-    with ExitStack() as restore:
-        for layer in layers:
-            # Fused attention never forms the matrix: this block computes it step by step, with the same result.
-            restore.callback(setattr, layer, 'fused_attn', layer.fused_attn)
-            layer.fused_attn = False
-            hook = layer.attn_drop.register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0]))
-            restore.callback(hook.remove)
-        yield recorded
+            images, indices=[block], stop_early=True, intermediates_only=True, output_fmt='NLC')
+    return [tap.matrix for tap in taps]

@@ -6,18 +6,17 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Dict
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_patch_embed
+from timm.models import clean_state_dict
 from torch import nn
 
 from ..ops.regions.features import fit_histogram_weights
-from ._timm import update_model_args
-from .vit_checkpoint import adapt_tail, fold_prefix, split_table
-
-StateDict = Dict[str, torch.Tensor]
+from .vit_checkpoint import StateDict, adapt_tail, fold_prefix, split_table
 
 # The authors' names on the left, timm's on the right; theirs apply k_norm to queries.
 _AUTHORS_NAMES = (
@@ -31,10 +30,49 @@ _AUTHORS_NAMES = (
     (r'^blocks\.(\d+)\.attn\.q_norm\.', r'blocks.\1.attn.k_norm.'),
 )
 _AUTHORS_HANDLED = ('embedder.proj.weight', 'embedder.cls_token', 'tokenizer.gradient.kernel')
+_AUTHORS_NEEDED = ('embedder.cls_token', 'extractor.pixel_mask_token')
+_ENTRIES = ('state_dict_ema', 'model_ema', 'state_dict', 'model')  # of training checkpoints, in timm's order
+
+
+def find_tensors(content: Any) -> StateDict:
+    """The state dict in what a checkpoint file holds, as timm's loader finds it.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if isinstance(content, dict):
+        entry = next((name for name in _ENTRIES if content.get(name) is not None), None)
+        content = content if entry is None else content[entry]
+    if not isinstance(content, dict) or not content:
+        raise ValueError(
+            'the weights must be a state dict, names and tensors, as torch.load(..., weights_only=True) or '
+            f'safetensors.torch.load_file give it, got {"an empty one" if content == {} else type(content).__name__}.')
+    strange = [k for k, v in content.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))]
+    if strange:
+        raise ValueError(
+            f'the weights must be names and tensors, {strange[0]!r} is a {type(content[strange[0]]).__name__}.')
+    return clean_state_dict(content)
+
+
+def check_finite(state_dict: StateDict) -> StateDict:
+    """Raise ValueError where weights are NaN or infinite; returns them."""
+    damaged = [name for name, value in state_dict.items() if not value.isfinite().all()]
+    if damaged:
+        raise ValueError(f'the weights are damaged: NaN or infinity in {", ".join(damaged[:5])}.')
+    return state_dict
+
+
+def _is_vit(keys: Iterable[str]) -> bool:
+    return 'patch_embed.proj.weight' in keys and 'patch_embed.pos_proj.weight' not in keys
+
+
+def lacks_pre_norm(keys: Iterable[str]) -> bool:
+    """Whether these are the keys of a ViT that has no norm before its blocks: it needs a model with pre_norm=False."""
+    return _is_vit(keys) and 'norm_pre.weight' not in keys
 
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Turn any known checkpoint into one of `model`'s keys.
+    """Turn any known checkpoint into one of `model`'s keys; the model stays as it is.
 
     Recognised by their keys: native ones (unchanged), the authors' (`embedder.proj.weight`), and those of any timm
     VisionTransformer, whose position table becomes weights of the position histogram in closed form. A ViT knows
@@ -45,18 +83,29 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     """
     state_dict = state_dict.get('model', state_dict)
     if 'patch_embed.pixel_token' in state_dict:
-        return state_dict
-    if 'embedder.proj.weight' in state_dict:
-        return _from_authors(state_dict, model)
-    if 'patch_embed.proj.weight' in state_dict and 'patch_embed.pos_proj.weight' not in state_dict:
-        return _from_vit(state_dict, model)
-    raise ValueError(
-        "this checkpoint is none of: a timm_spot dHT model (has 'patch_embed.pixel_token'), the authors' dHT (has "
-        "'embedder.proj.weight'), a timm VisionTransformer (has 'patch_embed.proj.weight'). "
-        f"Its first keys are {', '.join(map(repr, list(state_dict)[:5])) or 'none at all'}.")
+        out = state_dict
+    elif 'embedder.proj.weight' in state_dict:
+        out = _from_authors(state_dict, model)
+    elif _is_vit(state_dict):
+        out = _from_vit(state_dict, model)
+    else:
+        raise ValueError(
+            "this checkpoint is none of: a timm_spot dHT model (has 'patch_embed.pixel_token'), the authors' dHT (has "
+            "'embedder.proj.weight'), a timm VisionTransformer (has 'patch_embed.proj.weight'). "
+            f"Its first keys are {', '.join(map(repr, list(state_dict)[:5])) or 'none at all'}.")
+    has_norm = 'norm_pre.weight' in out
+    if has_norm == isinstance(model.norm_pre, nn.Identity):
+        raise ValueError(
+            f'this checkpoint has {"a" if has_norm else "no"} norm before its blocks: build the model with '
+            f'pre_norm={has_norm}. timm.create_model(..., pretrained=True) does so for a ViT where pre_norm= is not '
+            'given.')
+    return out
 
 
 def _from_authors(state_dict: StateDict, model: nn.Module) -> StateDict:
+    missing = [key for key in _AUTHORS_NEEDED if key not in state_dict]
+    if missing:
+        raise ValueError(f"this looks like the authors' dHT but lacks {' and '.join(map(repr, missing))}.")
     embed = model.patch_embed
     out = {}
     for key, value in state_dict.items():
@@ -104,17 +153,15 @@ def _is_square(n: int) -> bool:
 
 
 def _resize_positions(state_dict: StateDict, model: nn.Module) -> None:
-    """Resize position columns to the model's cells, and let it scale histograms as the old ones were."""
+    """Resize position columns to the model's cells, and to the values that its histograms have in them."""
     embed, key = model.patch_embed, 'patch_embed.pos_proj.weight'
     weight = state_dict[key]
-    old = math.isqrt(weight.shape[1])
-    if old == embed.pos_size:
+    old, side = math.isqrt(weight.shape[1]), embed.pos_size
+    if old == side:
         return
-    side = embed.pos_size
-    state_dict[key] = F.interpolate(
-        weight.view(-1, 1, old, old).float(), (side, side), mode='bicubic').to(weight.dtype).flatten(1)
-    embed.pos_scale = old
-    update_model_args(model, pos_scale=old)
+    resized = F.interpolate(weight.view(-1, 1, old, old).float(), (side, side), mode='bicubic').flatten(1)
+    # A histogram is divided by (scale / 32)^2, and the old one's scale was its number of cells.
+    state_dict[key] = (resized * (embed.pos_scale / old) ** 2).to(weight.dtype)
 
 
 def _from_vit(state_dict: StateDict, model: nn.Module) -> StateDict:
@@ -138,7 +185,4 @@ def _from_vit(state_dict: StateDict, model: nn.Module) -> StateDict:
     for key, value in target.items():
         if key.startswith('patch_embed.'):
             out.setdefault(key, value)
-    if 'norm_pre.weight' not in out and not isinstance(model.norm_pre, nn.Identity):
-        model.norm_pre = nn.Identity()  # any norm would change what the ViT's blocks read
-        update_model_args(model, pre_norm=False)
     return adapt_tail(out, model)

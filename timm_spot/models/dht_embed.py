@@ -6,23 +6,23 @@ Paper: `Differentiable Hierarchical Visual Tokenization` (dHT) - https://arxiv.o
 """
 from __future__ import annotations
 
-from typing import Any, Dict, Optional, Tuple, Union
+import math
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import to_2tuple
-from timm.models import register_notrace_module
 from torch import nn
 
 from ..ops.regions.features import gradient_histogram, position_histogram, region_windows
-from .dht_tokenizer import HierarchicalTokenizer, Regions
+from .dht_tokenizer import HierarchicalTokenizer, Regions, check_budget
+from .subpixel_embed import WindowProjection
 
 
 def pad_tokens(
         tokens: torch.Tensor,
         counts: torch.Tensor,
         image: torch.Tensor,
-) -> Tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens (N, D) of all images to rows (B, max, D) padded with zeros, and the mask (B, max) of what is real."""
     length = int(counts.max())
     mask = torch.arange(length, device=counts.device) < counts[:, None]
@@ -32,7 +32,6 @@ def pad_tokens(
     return padded.view(len(counts), length, -1), mask
 
 
-@register_notrace_module
 class HierarchicalEmbed(nn.Module):
     """Regions of images to tokens.
 
@@ -44,8 +43,6 @@ class HierarchicalEmbed(nn.Module):
         patch_size: Side of the window to which a region's bounding box is resampled.
         in_chans: Image channels, 3.
         embed_dim: Token width.
-        bias: Part of timm's call, off with `pre_norm`; the projection always has one.
-        dynamic_img_pad: Part of timm's call; regions need no padding.
         n_tokens: Budget; None takes round(sqrt(H * W) / 0.56) in eval and round(sqrt(H * W)) in train mode, and
             usually a few more.
         strict: Keep to `n_tokens` exactly, instead of leaving a few more. An image with fewer regions has fewer.
@@ -57,20 +54,18 @@ class HierarchicalEmbed(nn.Module):
 
     def __init__(
             self,
-            img_size: Union[int, Tuple[int, int]] = 224,
-            patch_size: Union[int, Tuple[int, int]] = 16,
+            img_size: int | tuple[int, int] = 224,
+            patch_size: int | tuple[int, int] = 16,
             in_chans: int = 3,
             embed_dim: int = 768,
-            bias: bool = True,
-            dynamic_img_pad: bool = False,
-            n_tokens: Optional[int] = None,
+            n_tokens: int | None = None,
             strict: bool = True,
-            pos_size: Optional[int] = None,
-            pos_scale: Optional[int] = None,
+            pos_size: int | None = None,
+            pos_scale: int | None = None,
             normalize_windows: bool = False,
-            tokenizer: Optional[Dict[str, Any]] = None,
-            device: Optional[torch.device] = None,
-            dtype: Optional[torch.dtype] = None,
+            tokenizer: dict[str, Any] | None = None,
+            device: torch.device | None = None,
+            dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -81,15 +76,16 @@ class HierarchicalEmbed(nn.Module):
         self.img_size = to_2tuple(img_size)
         self.pos_size = side if pos_size is None else pos_size
         self.pos_scale = self.pos_size if pos_scale is None else pos_scale
+        if self.pos_size < 1 or not 0 < self.pos_scale < math.inf:
+            raise ValueError(f'pos_size={pos_size} must be at least 1, pos_scale={pos_scale} positive and finite.')
         self.normalize_windows = normalize_windows
         self.strict = strict
-        self.n_tokens: Optional[int] = None
         self.set_budget(n_tokens)
 
         self.tokenizer = HierarchicalTokenizer(in_chans=in_chans, device=device, **(tokenizer or {}))
         self.mix = nn.Parameter(torch.empty(1, **dd))
         self.pixel_token = nn.Parameter(torch.empty(in_chans, side, side, **dd))
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=side, stride=side, **dd)
+        self.proj = WindowProjection(in_chans, embed_dim, kernel_size=side, stride=side, **dd)
         self.pos_proj = nn.Linear(self.pos_size ** 2, embed_dim, bias=False, **dd)
         has_gradient = self.tokenizer.gradact is not None
         self.grad_proj = nn.Linear(side ** 2, embed_dim, bias=False, **dd) if has_gradient else None
@@ -103,14 +99,14 @@ class HierarchicalEmbed(nn.Module):
         if self.grad_proj is not None:
             nn.init.trunc_normal_(self.grad_proj.weight, std=.02)
 
-    def set_budget(self, n_tokens: Optional[int]) -> None:
+    def set_budget(self, n_tokens: int | None) -> None:
         """Tokens of each image; None for the default by image size.
 
         Raises:
-            ValueError: `n_tokens` below 1.
+            ValueError: `n_tokens` is no whole number of at least 1.
         """
-        if n_tokens is not None and n_tokens < 1:
-            raise ValueError(f'n_tokens={n_tokens} must be at least 1.')
+        if n_tokens is not None:
+            check_budget('n_tokens', n_tokens)
         self.n_tokens = n_tokens
 
     @property
@@ -121,18 +117,18 @@ class HierarchicalEmbed(nn.Module):
         return self.tokenizer.default_target(*self.img_size)
 
     @property
-    def grid_size(self) -> Tuple[int, int]:
+    def grid_size(self) -> tuple[int, int]:
         """Whole patches in an image of the nominal size."""
         return self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1]
 
-    def feat_ratio(self, as_scalar: bool = True) -> Union[Tuple[int, int], int]:
-        """Pixels per cell of a painted feature map, which timm states as its reduction."""
+    def feat_ratio(self, as_scalar: bool = True) -> tuple[int, int] | int:
+        """Pixels of the image for each of a painted feature map, which timm states as its reduction."""
         return self.patch_size[0] if as_scalar else self.patch_size
 
     def set_input_size(
             self,
-            img_size: Optional[Union[int, Tuple[int, int]]] = None,
-            patch_size: Optional[Union[int, Tuple[int, int]]] = None,
+            img_size: int | tuple[int, int] | None = None,
+            patch_size: int | tuple[int, int] | None = None,
     ) -> None:
         """Change the nominal image size; windows keep theirs."""
         if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
@@ -140,7 +136,7 @@ class HierarchicalEmbed(nn.Module):
         if img_size is not None:
             self.img_size = to_2tuple(img_size)
 
-    def region_vectors(self, regions: Regions) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
+    def region_vectors(self, regions: Regions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """What tokens are made of, for all N: windows (N, 3, p, p), position and gradient histograms (N, cells)."""
         side = self.patch_size[0]
         windows, masks = region_windows(regions.injected, regions.segmentation, regions.boxes, regions.image, side)
@@ -159,14 +155,23 @@ class HierarchicalEmbed(nn.Module):
     def embed(self, regions: Regions) -> torch.Tensor:
         """Tokens (N, embed_dim) of all regions of a batch."""
         windows, position, gradient = self.region_vectors(regions)
-        weight = self.proj.weight
-        tokens = F.linear(windows.flatten(1).to(weight.dtype), weight.flatten(1), self.proj.bias)
-        tokens = tokens + self.pos_proj(position.to(weight.dtype))
+        dtype = self.mix.dtype  # that of the model; a wrapped or quantised layer need not say its own
+        tokens = self.proj(windows.to(dtype)).flatten(1)
+        tokens = tokens + self.pos_proj(position.to(dtype))
         if gradient is not None:
-            tokens = tokens + self.grad_proj(gradient.to(weight.dtype))
+            tokens = tokens + self.grad_proj(gradient.to(dtype))
         return tokens
 
-    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, Regions]:
-        regions = self.tokenizer(x, self.n_tokens, strict=self.strict and self.n_tokens is not None)
+    def find_regions(self, x: torch.Tensor, n_tokens: int | None = None) -> Regions:
+        """The regions of images (B, 3, H, W); `n_tokens` overrides the budget for this call."""
+        n_tokens = self.n_tokens if n_tokens is None else n_tokens
+        return self.tokenizer(x, n_tokens, strict=self.strict and n_tokens is not None)
+
+    def forward(
+            self,
+            x: torch.Tensor,
+            n_tokens: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, Regions]:
+        regions = self.find_regions(x, n_tokens)
         tokens, mask = pad_tokens(self.embed(regions), regions.counts, regions.image)
         return tokens, mask, regions

@@ -4,14 +4,12 @@ Paper: `Differentiable Hierarchical Visual Tokenization` (dHT) - https://arxiv.o
 """
 from __future__ import annotations
 
-from typing import Dict, Optional
-
 import torch
 from timm.layers import Mlp
 from torch import nn
 
 from ..ops.regions.loss import image_area_loss, token_focal_loss, token_targets
-from .dht_checkpoint import checkpoint_filter_fn
+from .dht_checkpoint import check_finite, checkpoint_filter_fn, find_tensors
 from .dht_vit import DhtVisionTransformer, TokenFeatures
 
 
@@ -52,11 +50,19 @@ class DhtSegmenter(nn.Module):
         classifier = nn.Linear(width, num_classes)
         self.head = nn.Sequential(Mlp(width, 4 * width), classifier) if mlp else classifier
 
-    def load_authors(self, state_dict: Dict[str, torch.Tensor]) -> DhtSegmenter:
-        """Load a dense model's weights under the authors' names; returns self."""
+    def load_authors(self, state_dict: dict[str, torch.Tensor]) -> DhtSegmenter:
+        """Load a dense model's weights under the authors' names; returns self.
+
+        Raises:
+            ValueError: The weights are damaged or do not suit this model; names what does not.
+        """
+        state_dict = check_finite(find_tensors(state_dict))
         own = {k: v for k, v in state_dict.items() if k.startswith(('norm.', 'head.'))}
         rest = checkpoint_filter_fn({k: v for k, v in state_dict.items() if k not in own}, self.backbone)
-        self.load_state_dict({**{f'backbone.{k}': v for k, v in rest.items()}, **own})
+        try:
+            self.load_state_dict({**{f'backbone.{k}': v for k, v in rest.items()}, **own})
+        except RuntimeError as e:
+            raise ValueError(f'these weights do not suit this model: {e}') from e
         return self
 
     def forward_features(self, images: torch.Tensor) -> TokenFeatures:
@@ -82,7 +88,7 @@ class DhtSegmenter(nn.Module):
             images: torch.Tensor,
             labels: torch.Tensor,
             gamma: int = 4,
-            ignored_class: Optional[int] = None,
+            ignored_class: int | None = None,
     ) -> torch.Tensor:
         """Focal loss of the tokens, plus that of the class token against the areas of the classes where there is one.
 

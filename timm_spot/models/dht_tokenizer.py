@@ -5,8 +5,11 @@ Paper: `Differentiable Hierarchical Visual Tokenization` (dHT) - https://arxiv.o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable, Dict, List, Optional
+from itertools import chain
+from numbers import Integral
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,7 @@ from ..ops.regions.criteria import check_criterion
 from ..ops.regions.features import inject_means, scharr_gradient
 from ..ops.regions.graph import sum_channels
 from ..ops.regions.hierarchy import Hierarchy, build_hierarchy
+from .dht_checkpoint import check_finite, find_tensors
 
 _GRADIENT_KERNEL = 'gradient.kernel'  # a constant among the released keys
 
@@ -44,25 +48,31 @@ class Regions:
     colors: torch.Tensor
     sizes: torch.Tensor
     image: torch.Tensor
-    gradient: Optional[torch.Tensor]
+    gradient: torch.Tensor | None
     hierarchy: Hierarchy = field(repr=False)
 
     @property
-    def levels(self) -> List[torch.Tensor]:
+    def levels(self) -> list[torch.Tensor]:
         """The partition (B, H, W) of each level, the first contraction of the pixels first; computed when asked for."""
         B, H, W = self.segmentation.shape
         return self.hierarchy.segmentations((B, H, W))
 
 
-def _linear(linear: nn.Linear, values: torch.Tensor) -> torch.Tensor:
-    """A linear map of (C, n), each column on its own: a matrix product rounds differently for other n."""
-    return sum_channels(linear.weight.T[:, :, None] * values[:, None]) + linear.bias[:, None]
+class RowwiseLinear(nn.modules.linear.NonDynamicallyQuantizableLinear):
+    """nn.Linear of rows (n, C), each on its own: a matrix product rounds differently for other numbers of rows.
+
+    Quantisation passes it by: a few dozen weights save nothing, and the regions would move.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Channels first, as the values of vertices lie: the transposes move nothing.
+        return (sum_channels(self.weight.T[:, :, None] * x.T[:, None]) + self.bias[:, None]).T
 
 
 class PixelFeatures(nn.Module):
     """Per-pixel features: a pointwise branch and one of two strided convolutions, (B, 3, H, W) to (B, C, H, W)."""
 
-    def __init__(self, in_chans: int, hid_ch: int, device: Optional[torch.device] = None) -> None:
+    def __init__(self, in_chans: int, hid_ch: int, device: torch.device | None = None) -> None:
         super().__init__()
         self.ds = nn.Sequential(nn.Conv2d(in_chans, hid_ch, 1, device=device), nn.BatchNorm2d(hid_ch, device=device))
         self.cv = nn.Sequential(
@@ -89,7 +99,7 @@ class PixelFeatures(nn.Module):
 class GradientActivation(nn.Module):
     """Bends gradients by one number per axis: asinh above zero, sinh below, nothing at zero."""
 
-    def __init__(self, device: Optional[torch.device] = None) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()
         self.lmbda = nn.Parameter(torch.zeros(2, 1, 1, device=device))
 
@@ -114,7 +124,7 @@ class HierarchicalTokenizer(nn.Module):
         iota: Keeps the logarithm of a flat region's variance finite.
         criterion: Information criterion that selects levels: 'aicc', 'aic', 'bic' or 'cic'.
         center: Similarity of a vertex to itself where `use_varproj` is off.
-        min_avg_region: Stop merging at so many regions.
+        min_avg_region: Stop merging at so many regions; 0 merges on for as long as there are levels.
         compute_grad: Return the image gradient as well.
         use_varproj: Predict a vertex's similarity to itself from its variances.
         inference_target_coeff: Default budget in eval mode is round(sqrt(H * W) / inference_target_coeff).
@@ -136,17 +146,21 @@ class HierarchicalTokenizer(nn.Module):
             use_varproj: bool = True,
             inference_target_coeff: float = 0.56,
             in_chans: int = 3,
-            device: Optional[torch.device] = None,
+            device: torch.device | None = None,
     ) -> None:
         super().__init__()
         check_criterion(criterion)
-        if hid_ch < 1:
-            raise ValueError(f'hid_ch={hid_ch} must be at least 1.')
-        if not 0. <= cmp <= 1.:
-            raise ValueError(f'cmp={cmp} must lie in [0, 1].')
-        if in_chans != 3:
-            raise ValueError(
-                f'in_chans={in_chans}: regions are found in 3 channels; repeat a grey channel three times.')
+        for name, value, suits, rule in (
+                ('hid_ch', hid_ch, hid_ch >= 1, 'be at least 1'),
+                ('cmp', cmp, 0. <= cmp <= 1., 'lie in [0, 1]'),
+                ('iota', iota, 0. < iota < math.inf, 'be positive and finite'),
+                ('center', center, 0. <= center <= 1., 'lie in [0, 1]'),
+                ('min_avg_region', min_avg_region, min_avg_region >= 0, 'not be negative'),
+                ('inference_target_coeff', inference_target_coeff, 0. < inference_target_coeff < math.inf,
+                 'be positive and finite'),
+                ('in_chans', in_chans, in_chans == 3, 'be 3: repeat a grey channel three times')):
+            if not suits:
+                raise ValueError(f'{name}={value} must {rule}.')
         self.cmp = cmp
         self.iota = iota
         self.criterion = criterion
@@ -154,8 +168,8 @@ class HierarchicalTokenizer(nn.Module):
         self.min_avg_region = min_avg_region
         self.inference_target_coeff = inference_target_coeff
         self.conv = PixelFeatures(in_chans, hid_ch, device)
-        self.linear = nn.Linear(hid_ch, in_chans, device=device)
-        self.varproj = nn.Linear(hid_ch, 1, device=device) if use_varproj else None
+        self.linear = RowwiseLinear(hid_ch, in_chans, device=device)
+        self.varproj = RowwiseLinear(hid_ch, 1, device=device) if use_varproj else None
         self.gradact = GradientActivation(device) if compute_grad else None
         self.reset_parameters()
 
@@ -175,12 +189,13 @@ class HierarchicalTokenizer(nn.Module):
 
         return super()._apply(cast, recurse)
 
-    def load_authors(self, state_dict: Dict[str, torch.Tensor]) -> HierarchicalTokenizer:
+    def load_authors(self, state_dict: dict[str, torch.Tensor]) -> HierarchicalTokenizer:
         """Load released weights: keys of the tokenizer, with or without `tokenizer.` before them; returns self.
 
         Raises:
             ValueError: The weights do not suit this tokenizer; names what does not.
         """
+        state_dict = check_finite(find_tensors(state_dict))
         prefix = 'tokenizer.'
         if any(k.startswith(prefix) for k in state_dict):
             state_dict = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
@@ -195,6 +210,13 @@ class HierarchicalTokenizer(nn.Module):
                 f'compute_grad={self.gradact is not None}: {e}') from e
         return self
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """float32, or float64 where the weights are."""
+        # Of any tensor: a wrapper or a quantisation may have put another module in the place of each layer.
+        dtypes = {t.dtype for t in chain(self.parameters(), self.buffers())}
+        return torch.float64 if torch.float64 in dtypes else torch.float32
+
     def default_target(self, height: int, width: int) -> int:
         """Budget of an image unless given."""
         return max(1, round(math.sqrt(height * width) / (1. if self.training else self.inference_target_coeff)))
@@ -203,9 +225,9 @@ class HierarchicalTokenizer(nn.Module):
         """Similarity (n,) of vertices with variances (C, n) to themselves."""
         if self.varproj is None:
             return variances.new_full(variances.shape[1:], self.center)
-        return torch.sigmoid(_linear(self.varproj, variances)[0])
+        return torch.sigmoid(self.varproj(variances.T)[:, 0])
 
-    def build(self, features: torch.Tensor, max_levels: Optional[int] = None) -> Hierarchy:
+    def build(self, features: torch.Tensor, max_levels: int | None = None) -> Hierarchy:
         """The hierarchy over given pixel features (B, C, H, W)."""
         return build_hierarchy(
             features, self.self_similarity, self.cmp, self.iota, self.criterion, self.min_avg_region, max_levels)
@@ -213,11 +235,11 @@ class HierarchicalTokenizer(nn.Module):
     def forward(
             self,
             images: torch.Tensor,
-            target: Optional[int] = None,
+            target: int | None = None,
             strict: bool = False,
             boost: float = 1.,
-            max_levels: Optional[int] = None,
-            generator: Optional[torch.Generator] = None,
+            max_levels: int | None = None,
+            generator: torch.Generator | None = None,
     ) -> Regions:
         """Find the regions of images.
 
@@ -231,18 +253,22 @@ class HierarchicalTokenizer(nn.Module):
             generator: For the random choice in train mode.
 
         Raises:
-            TypeError, ValueError: `images` is no such tensor, or `target` below 1.
+            TypeError, ValueError: `images` is no such tensor, or another argument is out of its range.
+            RuntimeError: The model is being traced or exported.
         """
         check_region_images(images)
         if target is None:
             target = self.default_target(*images.shape[-2:])
-        if target < 1:
-            raise ValueError(f'target={target} must be at least 1.')
+        check_budget('target', target)
+        if max_levels is not None and max_levels < 0:
+            raise ValueError(f'max_levels={max_levels} must not be negative.')
+        if not 0. <= boost < math.inf:
+            raise ValueError(f'boost={boost} must be finite and not negative.')
         with torch.autocast(images.device.type, enabled=False):
-            images = images.to(self.linear.weight.dtype)
+            images = images.to(self._dtype)
             hierarchy = self.build(self.conv(images), max_levels)
             pieces = hierarchy.pieces
-            colors = _linear(self.linear, pieces.features)
+            colors = self.linear(pieces.features.T).T
             tokens = merge_to_budget(
                 colors, pieces.sizes, pieces.boxes, pieces.image, pieces.edges, target, strict, boost,
                 random=self.training, generator=generator)
@@ -262,10 +288,27 @@ class HierarchicalTokenizer(nn.Module):
             )
 
 
+def check_budget(name: str, n_tokens: Any) -> None:
+    """Raise ValueError unless a budget is a whole number of at least 1."""
+    if not isinstance(n_tokens, Integral) or n_tokens < 1:
+        raise ValueError(f'{name}={n_tokens} must be a whole number, at least 1.')
+
+
 def check_region_images(images: torch.Tensor) -> None:
-    """Raise TypeError or ValueError unless `images` is (B, 3, H, W), floating point, B >= 1."""
+    """Raise TypeError or ValueError unless `images` is (B, 3, H, W), floating point, B >= 1.
+
+    Raises:
+        RuntimeError: There are no pixels to look at, as the model is being traced or exported.
+    """
+    is_exporting = getattr(torch.compiler, 'is_exporting', bool)  # torch 2.6 has none
+    if torch.jit.is_tracing() or is_exporting() or isinstance(images, torch.fx.Proxy):
+        raise RuntimeError(
+            'a model whose tokens are regions cannot be traced or exported (torch.jit, torch.export, torch.fx, ONNX): '
+            'how many regions an image has depends on its pixels. Run it in Python; torch.compile works.')
     if not isinstance(images, torch.Tensor):
         raise TypeError(f'images must be a tensor of shape (B, 3, H, W), got {type(images).__name__}.')
+    if images.is_meta:
+        raise RuntimeError('images on the meta device have no pixels, from which regions follow: give real ones.')
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise ValueError(
             f'images must have shape (B, 3, H, W) with at least one image and one pixel, got {tuple(images.shape)}; '

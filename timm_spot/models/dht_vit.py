@@ -2,37 +2,24 @@
 
 Paper: `Differentiable Hierarchical Visual Tokenization` (dHT) - https://arxiv.org/abs/2511.02652
 
-The class, its registered names and their weights. The hierarchy of regions is in `timm_spot.ops`, the tokenizer in
-`hierarchical_tokenizer.py`, the embedding in `hierarchical_embed.py`, the conversion of checkpoints in
-`dht_checkpoint.py`.
+The class. The hierarchy of regions is in `timm_spot.ops.regions`, the tokenizer in `dht_tokenizer.py`, the embedding in
+`dht_embed.py`, names and weights in `dht_zoo.py`, the conversion of checkpoints in `dht_checkpoint.py`.
 """
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, NamedTuple
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
-from timm.models import (
-    PretrainedCfg,
-    build_model_with_cfg,
-    checkpoint,
-    generate_default_cfgs,
-    get_pretrained_cfg,
-    register_model,
-    resolve_pretrained_cfg,
-)
+from timm.models import checkpoint
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ._features import Intermediates, format_intermediates
 from ._timm import feature_take_indices, update_model_args
-from .dht_checkpoint import checkpoint_filter_fn
 from .dht_embed import HierarchicalEmbed
 from .dht_tokenizer import Regions
-from .download import check_source
 
 __all__ = ['DhtVisionTransformer', 'TokenFeatures']
 
@@ -51,7 +38,7 @@ def paint_tokens(tokens: torch.Tensor, segmentation: torch.Tensor, counts: torch
         tokens: (B, max, D), without prefix tokens.
         segmentation: (B, H, W), ids running across the batch.
         counts: Tokens of each image, (B,).
-        stride: Pixels per cell of the map; a cell shows the token of its central pixel.
+        stride: Pixels of the image, along each axis, for each of the map, which shows the token of the central one.
 
     Returns:
         (B, D, max(1, H // stride), max(1, W // stride)).
@@ -92,15 +79,15 @@ class DhtVisionTransformer(VisionTransformer):
 
     def __init__(
             self,
-            img_size: Union[int, Tuple[int, int]] = 224,
-            patch_size: Union[int, Tuple[int, int]] = 16,
+            img_size: int | tuple[int, int] = 224,
+            patch_size: int | tuple[int, int] = 16,
             *,
-            n_tokens: Optional[int] = None,
+            n_tokens: int | None = None,
             strict: bool = True,
-            pos_size: Optional[int] = None,
-            pos_scale: Optional[int] = None,
+            pos_size: int | None = None,
+            pos_scale: int | None = None,
             normalize_windows: bool = False,
-            tokenizer: Optional[Dict[str, Any]] = None,
+            tokenizer: dict[str, Any] | None = None,
             drop_path_rate: float = 0.,
             **kwargs: Any,
     ) -> None:
@@ -109,21 +96,15 @@ class DhtVisionTransformer(VisionTransformer):
         if kwargs.get('patch_drop_rate'):
             raise ValueError(f"patch_drop_rate={kwargs['patch_drop_rate']} must be 0: set n_tokens for fewer tokens.")
         kwargs.pop('dynamic_img_size', None)  # any size is
+
+        def embed_layer(bias: bool, dynamic_img_pad: bool, **timms: Any) -> HierarchicalEmbed:
+            # timm turns the bias off with pre_norm; here it is always there, and regions need no padding.
+            return HierarchicalEmbed(
+                n_tokens=n_tokens, strict=strict, pos_size=pos_size, pos_scale=pos_scale,
+                normalize_windows=normalize_windows, tokenizer=tokenizer, **timms)
+
         super().__init__(
-            img_size=img_size,
-            patch_size=patch_size,
-            pos_embed='none',
-            embed_layer=partial(
-                HierarchicalEmbed,
-                n_tokens=n_tokens,
-                strict=strict,
-                pos_size=pos_size,
-                pos_scale=pos_scale,
-                normalize_windows=normalize_windows,
-                tokenizer=tokenizer,
-            ),
-            **kwargs,
-        )
+            img_size=img_size, patch_size=patch_size, pos_embed='none', embed_layer=embed_layer, **kwargs)
         if drop_path_rate:
             for block in self.blocks:
                 block.drop_path1, block.drop_path2 = DropPath(drop_path_rate), DropPath(drop_path_rate)
@@ -133,33 +114,37 @@ class DhtVisionTransformer(VisionTransformer):
         """Budget: tokens of an image of the nominal size (prefix tokens do not count)."""
         return self.patch_embed.num_patches
 
-    def set_placement(self, n_tokens: int) -> None:
-        """Change the budget, by the name that subpixel ViTs have for it; a saved model keeps the change."""
+    def set_budget(self, n_tokens: int | None) -> None:
+        """Change the budget; None for the default by image size. A saved model keeps the change."""
         self.patch_embed.set_budget(n_tokens)
         update_model_args(self, n_tokens=n_tokens)
 
-    def segment(self, images: torch.Tensor) -> Regions:
-        """The regions that are the tokens of images (B, 3, H, W)."""
-        embed = self.patch_embed
-        return embed.tokenizer(images, embed.n_tokens, strict=embed.strict and embed.n_tokens is not None)
+    def segment(self, images: torch.Tensor, n_tokens: int | None = None) -> Regions:
+        """The regions that are the tokens of images (B, 3, H, W); `n_tokens` overrides the budget for this call."""
+        return self.patch_embed.find_regions(images, n_tokens)
 
-    def _embed(self, x: torch.Tensor) -> Tuple[TokenFeatures, Optional[torch.Tensor]]:
+    def _embed(self, x: torch.Tensor, n_tokens: int | None = None) -> tuple[TokenFeatures, torch.Tensor | None]:
         """Embedded tokens, and the attention mask: None where there is no padding, which faster kernels like."""
-        x, mask, regions = self.patch_embed(x)
+        x, mask, regions = self.patch_embed(x, n_tokens)
         prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         x = self.norm_pre(self.pos_drop(torch.cat([*prefix, x], dim=1)))
         mask = torch.cat([mask.new_ones(len(x), self.num_prefix_tokens), mask], dim=1)
         full = int(regions.counts.min()) == int(regions.counts.max())
         return TokenFeatures(x, mask, regions), None if full else mask[:, None, None, :]
 
-    def _run_block(self, block: nn.Module, x: torch.Tensor, attn_mask: Optional[torch.Tensor]) -> torch.Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
+    def _run_block(self, block: nn.Module, x: torch.Tensor, attn_mask: torch.Tensor | None) -> torch.Tensor:
+        if self.grad_checkpointing:
             return checkpoint(block, x, attn_mask)
         return block(x, attn_mask=attn_mask)
 
-    def forward_features(self, x: torch.Tensor) -> TokenFeatures:
-        """Images (B, 3, H, W) to all tokens after the last block, their mask, and the regions they are."""
-        features, attn_mask = self._embed(x)
+    def forward_features(self, x: torch.Tensor, n_tokens: int | None = None) -> TokenFeatures:
+        """Images (B, 3, H, W) to all tokens after the last block, their mask, and the regions they are.
+
+        Args:
+            x: Images.
+            n_tokens: Budget for this call, in the place of the model's.
+        """
+        features, attn_mask = self._embed(x, n_tokens)
         x = features.tokens
         for block in self.blocks:
             x = self._run_block(block, x, attn_mask)
@@ -168,8 +153,8 @@ class DhtVisionTransformer(VisionTransformer):
     def pool(
             self,
             x: torch.Tensor,
-            pool_type: Optional[str] = None,
-            mask: Optional[torch.Tensor] = None,
+            pool_type: str | None = None,
+            mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Pool tokens (B, prefix + max, D) to (B, D), leaving padding out.
 
@@ -199,9 +184,9 @@ class DhtVisionTransformer(VisionTransformer):
 
     def forward_head(
             self,
-            x: Union[TokenFeatures, torch.Tensor],
+            x: TokenFeatures | torch.Tensor,
             pre_logits: bool = False,
-            mask: Optional[torch.Tensor] = None,
+            mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What `forward_features` gave, or its tokens and mask, to logits (B, num_classes)."""
         if isinstance(x, TokenFeatures):
@@ -216,14 +201,14 @@ class DhtVisionTransformer(VisionTransformer):
     def forward_intermediates(
             self,
             x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
+            indices: int | list[int] | None = None,
             return_prefix_tokens: bool = False,
             norm: bool = False,
             stop_early: bool = False,
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
             output_dict: bool = False,
-            stride: Optional[int] = None,
+            stride: int | None = None,
     ) -> Intermediates:
         """Features after chosen blocks, with timm's arguments and results.
 
@@ -239,7 +224,7 @@ class DhtVisionTransformer(VisionTransformer):
             output_fmt: 'NCHW' or 'NLC'.
             intermediates_only: Only return intermediate features.
             output_dict: Return a dictionary with 'image_features' and 'image_intermediates'.
-            stride: Pixels per cell of a map, `patch_size` by default.
+            stride: Pixels of the image, along each axis, for each of a map; `patch_size` by default.
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NLC'.")
@@ -259,92 +244,3 @@ class DhtVisionTransformer(VisionTransformer):
                 paint_tokens, segmentation=regions.segmentation, counts=regions.counts, stride=stride)
         last = None if intermediates_only else features._replace(tokens=self.norm(x))
         return format_intermediates(taken, last, self.num_prefix_tokens, return_prefix_tokens, output_dict, to_map)
-
-
-def _from_timm(source: str) -> PretrainedCfg:
-    """Config of the timm ViT whose weights are taken, safetensors from its Hub repository."""
-    return dataclasses.replace(
-        get_pretrained_cfg(source), url=None, custom_load=False, fixed_input_size=False, architecture=None, tag=None)
-
-
-def _from_authors() -> PretrainedCfg:
-    """Config of a classifier of the authors', none of which has been published so far."""
-    return PretrainedCfg(
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        interpolation='bicubic',
-        first_conv='patch_embed.proj',
-        classifier='head',
-        paper_ids='arXiv:2511.02652',
-    )
-
-
-default_cfgs = generate_default_cfgs({
-    'dht_vit_small_patch16_in21k.augreg_in21k_ft_in1k': _from_timm('vit_small_patch16_224.augreg_in21k_ft_in1k'),
-    'dht_vit_base_patch16_in21k.augreg2_in21k_ft_in1k': _from_timm('vit_base_patch16_224.augreg2_in21k_ft_in1k'),
-    'dht_vit_small_patch16_in1k.augreg_in1k': _from_timm('vit_small_patch16_224.augreg_in1k'),
-    'dht_vit_small_patch16_in1k.dht_in1k': _from_authors(),
-    'dht_vit_base_patch16_in1k.augreg_in1k': _from_timm('vit_base_patch16_224.augreg_in1k'),
-    'dht_vit_base_patch16_in1k.dht_in1k': _from_authors(),
-    'dht_vit_pico_patch8_64': PretrainedCfg(
-        input_size=(3, 64, 64), crop_pct=1.0, crop_mode='squash', mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
-        first_conv='patch_embed.proj', classifier='head', num_classes=10),
-})
-
-
-def _create_dht_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> DhtVisionTransformer:
-    defaults = dict(pre_norm=True, init_values=0.1, norm_layer=partial(nn.LayerNorm, eps=1e-5))
-    cfg = resolve_pretrained_cfg(
-        variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
-    if pretrained:
-        if not (cfg.has_weights or cfg.state_dict):
-            name = f'{variant}.{cfg.tag}' if cfg.tag else variant
-            raise RuntimeError(
-                f'{name} has no pretrained weights (the authors have published no classifier): use pretrained=False, '
-                'or pretrained_cfg_overlay=dict(file=PATH), on the command line --weights PATH.')
-        check_source(cfg, kwargs.get('cache_dir'))
-    out_indices = kwargs.pop('out_indices', 3)
-    return build_model_with_cfg(
-        DhtVisionTransformer,
-        variant,
-        pretrained,
-        pretrained_cfg=cfg,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **{**defaults, **kwargs},
-    )
-
-
-@register_model
-def dht_vit_small_patch16_in21k(pretrained: bool = False, **kwargs: Any) -> DhtVisionTransformer:
-    """dHT ViT-Small (dHT-S/16), class token; starts from ImageNet-21k fine-tuned on ImageNet-1k."""
-    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6)
-    return _create_dht_vit('dht_vit_small_patch16_in21k', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def dht_vit_base_patch16_in21k(pretrained: bool = False, **kwargs: Any) -> DhtVisionTransformer:
-    """dHT ViT-Base (dHT-B/16), class token; starts from ImageNet-21k fine-tuned on ImageNet-1k."""
-    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12)
-    return _create_dht_vit('dht_vit_base_patch16_in21k', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def dht_vit_small_patch16_in1k(pretrained: bool = False, **kwargs: Any) -> DhtVisionTransformer:
-    """dHT ViT-Small (dHT-S/16), class token; starts from ImageNet-1k."""
-    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6)
-    return _create_dht_vit('dht_vit_small_patch16_in1k', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def dht_vit_base_patch16_in1k(pretrained: bool = False, **kwargs: Any) -> DhtVisionTransformer:
-    """dHT ViT-Base (dHT-B/16), class token; starts from ImageNet-1k."""
-    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12)
-    return _create_dht_vit('dht_vit_base_patch16_in1k', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def dht_vit_pico_patch8_64(pretrained: bool = False, **kwargs: Any) -> DhtVisionTransformer:
-    """dHT ViT-Pico with windows of 8 px on 64 px images, class token; for tests and small experiments, no weights."""
-    model_args = dict(img_size=64, patch_size=8, embed_dim=128, depth=5, num_heads=4)
-    return _create_dht_vit('dht_vit_pico_patch8_64', pretrained=pretrained, **dict(model_args, **kwargs))

@@ -129,15 +129,24 @@ def _carry_out(plan: _Plan) -> torch.Tensor:
 def _fixed_placement(
         sampler: str, n_tokens: int, image_size: ImageSize, window: int, seed: int, device: torch.device,
 ) -> torch.Tensor:
-    """The one placement (1, N, 2) that all images of a size share, a constant to `torch.compile`; a copy."""
+    """The one placement (1, N, 2) that all images of a size share, a constant to exported programs; a copy."""
     return _carry_out(
         _Plan(sampler, n_tokens, image_size, window, seed, device, torch.get_default_dtype())).clone()
 
 
-def _constant_size(images: torch.Tensor) -> ImageSize:
-    """(H, W) as numbers that a compiled program is made for: a fixed placement is another for another size."""
-    # `int` would leave them symbols to torch.compile, which constant functions refuse.
-    return operator.index(images.shape[-2]), operator.index(images.shape[-1])
+# To `torch.compile` it is an operator: one program then serves all sizes and budgets.
+@torch.library.custom_op('timm_spot::fixed_placement', mutates_args=())
+def _placement_operator(
+        sampler: str, n_tokens: int, height: int, width: int, window: int, seed: int, device: torch.device,
+) -> torch.Tensor:
+    return _fixed_placement(sampler, n_tokens, (height, width), window, seed, device)
+
+
+@_placement_operator.register_fake
+def _(
+        sampler: str, n_tokens: int, height: int, width: int, window: int, seed: int, device: torch.device,
+) -> torch.Tensor:
+    return torch.empty(1, n_tokens, 2, dtype=torch.float32, device=device)
 
 
 @register_notrace_module
@@ -261,8 +270,8 @@ class SampledPlacer(Placer):
             _fixed_placement(prior.sampler, n_tokens, image_size, prior.window, prior.seed, torch.device('cpu')))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        B, size, prior = images.shape[0], _constant_size(images), self.prior
-        n_tokens = operator.index(self.budget(size))
+        (B, _, H, W), prior = images.shape, self.prior
+        n_tokens, size = self.budget((H, W)), (H, W)
         if prior.needs_saliency:
             maps = compute_saliency(prior.saliency, images)
             generator = None if self.training else torch.Generator().manual_seed(prior.seed)
@@ -273,6 +282,8 @@ class SampledPlacer(Placer):
                 raise ValueError(f'saliency of shape {tuple(maps.shape)} does not match a batch of {B} images.')
         elif self.training and not get_sampler(prior.sampler).deterministic:
             positions = sample_positions(prior.sampler, n_tokens, size, B, window=prior.window)
+        elif torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            positions = _placement_operator(prior.sampler, n_tokens, H, W, prior.window, prior.seed, images.device)
         else:
             positions = _fixed_placement(prior.sampler, n_tokens, size, prior.window, prior.seed, images.device)
         return positions.to(images.device).expand(B, -1, -1)

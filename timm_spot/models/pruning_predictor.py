@@ -1,4 +1,4 @@
-"""Token relevance: the predictor, and attention that shows its matrix and can be masked.
+"""Token relevance: the predictor, and the random masks by which it is trained.
 
 Paper: `SPOT: SParsification with attentiOn dynamics via Token relevance in Vision Transformers` -
 https://arxiv.org/abs/2511.10488
@@ -6,14 +6,10 @@ https://arxiv.org/abs/2511.10488
 from __future__ import annotations
 
 import math
-from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
 from torch import nn
-
-SCORERS = ('relevance', 'random', 'norm', 'cls-attention', 'received-attention')
 
 
 class RelevancePredictor(nn.Module):
@@ -30,8 +26,8 @@ class RelevancePredictor(nn.Module):
             self,
             dim: int,
             num_statistics: int,
-            device: Optional[torch.device] = None,
-            dtype: Optional[torch.dtype] = None,
+            device: torch.device | None = None,
+            dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -44,7 +40,7 @@ class RelevancePredictor(nn.Module):
         self.act = nn.GELU()
         self.head = nn.Linear(hidden, 1, **dd)
 
-    def forward(self, x: torch.Tensor, statistics: torch.Tensor, keep: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, statistics: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Relevance (B, N); tokens with a zero in `keep` (B, N) do not count in the mean."""
         # Statistics reach from zero to the count of tokens and its square.
         x = torch.cat([self.proj(self.norm(x)), statistics.log1p().to(x.dtype)], dim=-1)
@@ -54,38 +50,6 @@ class RelevancePredictor(nn.Module):
             weights = (keep / keep.sum(dim=1, keepdim=True)).to(x.dtype)
             mean = weights[:, None] @ x
         return self.head(self.act(self.local(x) + self.context(mean))).squeeze(-1)
-
-
-def attend(attn: Attention, x: torch.Tensor, keep: Optional[torch.Tensor] = None) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, L, D) of a timm attention layer on x (B, L, D), and its matrix (B, heads, L, L).
-
-    Args:
-        attn: The layer, whose own weights are used.
-        x: Tokens.
-        keep: (B, L) of ones and zeros; a token with a zero is no key, so that the others' output is what it would be
-            without the token. Differentiable: its gradient at a zero says what that token would have changed.
-    """
-    B, L, _ = x.shape
-    q, k, v = attn.qkv(x).reshape(B, L, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-    scores = (attn.q_norm(q) * attn.scale) @ attn.k_norm(k).transpose(-2, -1)
-    attention = scores.softmax(dim=-1) if keep is None else masked_softmax(scores, keep[:, None, None]).to(v.dtype)
-    output = (attn.attn_drop(attention) @ v).transpose(1, 2).reshape(B, L, attn.attn_dim)
-    output = attn.norm(output)
-    if attn.gate is not None:
-        output = output * attn.gate(x).sigmoid()
-    return attn.proj_drop(attn.proj(output)), attention
-
-
-def masked_softmax(scores: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """exp(scores) * keep, divided by its sum over the last dimension; float32 at least.
-
-    Not a softmax of scores + log(keep): this one has a gradient where `keep` is zero.
-    """
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    largest = scores.detach().masked_fill(keep == 0, -torch.inf).amax(dim=-1, keepdim=True)
-    # A masked score may exceed the largest kept one by far: its weight is zero, and must not be infinity times zero.
-    weights = (scores - largest).clamp(max=20.).exp() * keep
-    return weights / weights.sum(dim=-1, keepdim=True)
 
 
 def sample_mask(relevance: torch.Tensor, keep: torch.Tensor, keep_rate: float) -> torch.Tensor:

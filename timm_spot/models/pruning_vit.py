@@ -8,7 +8,8 @@ Placement decides where tokens lie, relevance which of them survive: a subpixel 
 from __future__ import annotations
 
 import copy
-from typing import Any, Dict, Optional, Sequence, Union
+from collections.abc import Sequence
+from typing import Any
 
 import timm
 import torch
@@ -31,26 +32,26 @@ class RelevanceVisionTransformer(TokenPruning, VisionTransformer):
     def forward_features(
             self,
             x: torch.Tensor,
-            attn_mask: Optional[torch.Tensor] = None,
+            attn_mask: torch.Tensor | None = None,
             is_causal: bool = False,
     ) -> torch.Tensor:
         """Images (B, C, H, W) to the tokens left after the last block, (B, prefix + count, D)."""
-        if self.keep_rate == 1:
+        if not self.drops:
             return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
         check_no_mask(attn_mask, is_causal)
-        return self.norm(self._forward_gathered(self._embed(x))[0])
+        return self.forward_dropped(self._embed(x))
 
     def forward(
             self,
             x: torch.Tensor,
-            attn_mask: Optional[torch.Tensor] = None,
+            attn_mask: torch.Tensor | None = None,
             is_causal: bool = False,
     ) -> torch.Tensor:
         """Images (B, C, H, W) to logits (B, num_classes)."""
-        if self._masks():
+        if self.masks:
             check_no_mask(attn_mask, is_causal)
             return self.forward_masked(x).logits
-        return self.forward_head(self.forward_features(x, attn_mask, is_causal))
+        return self.join_predictors(self.forward_head(self.forward_features(x, attn_mask, is_causal)))
 
 
 class RelevanceSubpixelVisionTransformer(TokenPruning, SubpixelVisionTransformer):
@@ -59,28 +60,29 @@ class RelevanceSubpixelVisionTransformer(TokenPruning, SubpixelVisionTransformer
     def forward_features(
             self,
             x: torch.Tensor,
-            positions: Optional[torch.Tensor] = None,
-            attn_mask: Optional[torch.Tensor] = None,
+            positions: torch.Tensor | None = None,
+            attn_mask: torch.Tensor | None = None,
             is_causal: bool = False,
     ) -> torch.Tensor:
         """Images (B, C, H, W), placed as `positions` say, to the tokens left after the last block."""
-        if self.keep_rate == 1:
+        if not self.drops:
             return super().forward_features(x, positions, attn_mask=attn_mask, is_causal=is_causal)
         check_no_mask(attn_mask, is_causal)
-        return self.norm(self._forward_gathered(self._embed(x, positions))[0])
+        return self.forward_dropped(self._embed(x, positions))
 
     def forward(
             self,
             x: torch.Tensor,
-            positions: Optional[torch.Tensor] = None,
-            attn_mask: Optional[torch.Tensor] = None,
+            positions: torch.Tensor | None = None,
+            attn_mask: torch.Tensor | None = None,
             is_causal: bool = False,
     ) -> torch.Tensor:
         """Images (B, C, H, W), placed as `positions` say, to logits (B, num_classes)."""
-        if self._masks():
+        if self.masks:
             check_no_mask(attn_mask, is_causal)
             return self.forward_masked(x, positions=positions).logits
-        return self.forward_head(self.forward_features(x, positions, attn_mask, is_causal))
+        logits = self.forward_head(self.forward_features(x, positions, attn_mask, is_causal))
+        return self.join_predictors(logits)
 
 
 _CLASSES = {
@@ -90,14 +92,14 @@ _CLASSES = {
 
 
 def sparsify(
-        vit: Union[str, VisionTransformer],
+        vit: str | VisionTransformer,
         keep_rate: float = 0.7,
-        stages: Optional[Sequence[int]] = None,
+        stages: Sequence[int] | None = None,
         scorer: str = 'relevance',
         read: str = 'last',
         scorer_seed: int = 0,
         **model_keywords: Any,
-) -> Union[RelevanceVisionTransformer, RelevanceSubpixelVisionTransformer]:
+) -> RelevanceVisionTransformer | RelevanceSubpixelVisionTransformer:
     """Turn any timm VisionTransformer, or a subpixel one, into one that drops the tokens that matter least.
 
     In front of the block of stage s (counted from 1) the keep_rate ** s * N most relevant of N image tokens stay.
@@ -156,12 +158,12 @@ def _check_backbone(vit: nn.Module) -> None:
 def sparsify_in_place(
         vit: VisionTransformer,
         **pruning: Any,
-) -> Union[RelevanceVisionTransformer, RelevanceSubpixelVisionTransformer]:
+) -> RelevanceVisionTransformer | RelevanceSubpixelVisionTransformer:
     _check_backbone(vit)
     source = type(vit)
     vit.__class__ = _CLASSES[source]
     try:
-        vit._init_pruning(**pruning)
+        vit.init_pruning(**pruning)
     except (TypeError, ValueError):
         vit.__class__ = source
         raise
@@ -174,7 +176,7 @@ def sparsify_in_place(
     return vit
 
 
-def _describe(vit: VisionTransformer, backbone: str) -> Dict[str, Any]:
+def _describe(vit: VisionTransformer, backbone: str) -> dict[str, Any]:
     """Keywords of `relevance_vit` for a backbone; one that has a backbone itself (a retrofit) keeps it apart."""
     inner = getattr(vit, '_model_args', {}).get('backbone')
     return dict(backbone=backbone, **(dict(backbone_args=dict(backbone=inner)) if inner else {}))

@@ -6,9 +6,10 @@ https://arxiv.org/abs/2511.10488
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence
+from typing import Any
 
 import timm
 import torch
@@ -26,28 +27,63 @@ from torch import nn
 
 from .download import check_source
 from .pruning import pop_pruning
+from .pruning_scorers import get_scorer
 from .pruning_vit import RelevanceSubpixelVisionTransformer, RelevanceVisionTransformer, sparsify_in_place
-from .spot_checkpoint import checkpoint_filter_fn
+from .spot_checkpoint import checkpoint_filter_fn, keep_fresh
 from .spot_config import SpotPretrainedCfg, cfg_from_timm, resolve_cfg, timm_cfg
 from .spot_retrofit import SOURCE_FIELDS, backbone_cfg
 from .spot_vit import SubpixelVisionTransformer
 from .spot_zoo import create_spot_vit
 
+_PREDICTORS = 'predictors.'
+
 
 def relevance_filter_fn(
-        state_dict: Dict[str, torch.Tensor],
+        state_dict: dict[str, torch.Tensor],
         model: nn.Module,
         fresh: Sequence[str] = (),
-) -> Dict[str, torch.Tensor]:
-    """The filter of the backbone's checkpoints; where one has no predictors, they stay fresh."""
+        fresh_predictors: bool = False,
+) -> dict[str, torch.Tensor]:
+    """The filter of the backbone's checkpoints, for a model that drops tokens.
+
+    Predictors that a model does not have, by a scorer that needs no training, are left out.
+
+    Args:
+        state_dict: Of the backbone, with or without predictors.
+        model: The model to fill.
+        fresh: Prefixes of what else the model keeps as it is where the checkpoint has nothing of it.
+        fresh_predictors: Whether it keeps its predictors where the checkpoint has none.
+
+    Raises:
+        ValueError: The model has predictors that the checkpoint lacks, and fresh ones were not asked for.
+    """
     if isinstance(model, SubpixelVisionTransformer):
         state_dict = checkpoint_filter_fn(state_dict, model, fresh)
     else:
         state_dict = vit_checkpoint_filter_fn(state_dict, model, adapt_layer_scale=True)
-    if not any(name.startswith('predictors.') for name in state_dict):
-        fresh = {name: value for name, value in model.state_dict().items() if name.startswith('predictors.')}
-        state_dict = {**state_dict, **fresh}
+    if not model.predictors:
+        return {name: value for name, value in state_dict.items() if not name.startswith(_PREDICTORS)}
+    if fresh_predictors:
+        state_dict = keep_fresh(state_dict, model, (_PREDICTORS,))
+    missing = [name for name in model.state_dict() if name.startswith(_PREDICTORS) and name not in state_dict]
+    if missing:
+        listed = ', '.join(missing[:3]) + (f' and {len(missing) - 3} more' if len(missing) > 3 else '')
+        raise ValueError(_no_predictors_message(model.scorer, f'the weights lack {listed}'))
     return state_dict
+
+
+def _no_predictors_message(scorer: str, lack: str) -> str:
+    return (
+        f'scorer={scorer!r} needs trained predictors, and {lack}. Give weights that have them; a scorer that needs no '
+        "training, such as scorer='cls-attention'; or, to train them, fresh_predictors=True (timm_spot.sparsify(vit) "
+        'has fresh ones without being asked).')
+
+
+def _pop_fresh(kwargs: dict[str, Any]) -> bool:
+    """Take `fresh_predictors` out of a model's keywords; what a saved config says was meant for its training."""
+    fresh = kwargs.pop('fresh_predictors', False)
+    saved = kwargs.get('pretrained_model_args') or {}
+    return bool(fresh) and not saved.get('fresh_predictors', False)
 
 
 def _from_digits() -> SpotPretrainedCfg:
@@ -79,6 +115,7 @@ def _create_relevance_vit(
         **kwargs: Any,
 ) -> nn.Module:
     overlay = kwargs.pop('pretrained_cfg_overlay', None)
+    fresh = _pop_fresh(kwargs)
     cfg = resolve_pretrained_cfg(variant, kwargs.pop('pretrained_cfg', None), overlay)
     if pretrained:
         check_source(cfg, kwargs.get('cache_dir'))
@@ -87,7 +124,7 @@ def _create_relevance_vit(
         variant,
         pretrained,
         pretrained_cfg=cfg,
-        pretrained_filter_fn=relevance_filter_fn,
+        pretrained_filter_fn=partial(relevance_filter_fn, fresh_predictors=fresh),
         feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
         **kwargs,
     )
@@ -97,14 +134,15 @@ def _create_relevance_vit(
 def relevance_vit(
         pretrained: bool = False,
         backbone: str = 'vit_tiny_patch16_224',
-        backbone_args: Optional[Dict[str, Any]] = None,
+        backbone_args: dict[str, Any] | None = None,
         **kwargs: Any,
 ) -> nn.Module:
     """Any timm or subpixel VisionTransformer that drops tokens, see `timm_spot.sparsify`.
 
     `backbone` is a timm name or 'hf-hub:ORG/NAME', `backbone_args` are keywords of it that have the name of one of
     this model's; all others go to it as they are. With `pretrained=True` the weights are the backbone's, or those that
-    a config given with this model names.
+    a config given with this model names. A backbone's have no predictors: they go with a scorer that needs no training,
+    or with `fresh_predictors=True`.
     """
     cache_dir = kwargs.get('cache_dir')
     cfg = resolve_cfg(
@@ -114,6 +152,10 @@ def relevance_vit(
     if not own_weights:
         cfg = backbone_cfg('relevance_vit', cfg, source['pretrained_cfg'])
         if pretrained:
+            scorer = {**source, **kwargs}.get('scorer', 'relevance')
+            if get_scorer(scorer).needs_training and not _pop_fresh(kwargs):
+                raise ValueError(_no_predictors_message(
+                    scorer, f'the weights of the backbone {backbone} have none ({_PREDICTORS}*)'))
             check_source(cfg, cache_dir)
     saved = {name: value for name, value in source.items() if name not in SOURCE_FIELDS}
     return _create_relevance_vit(
@@ -126,7 +168,7 @@ def relevance_vit(
     )
 
 
-def _build(source: Dict[str, Any], backbone_args: Dict[str, Any], pretrained: bool, **kwargs: Any) -> nn.Module:
+def _build(source: dict[str, Any], backbone_args: dict[str, Any], pretrained: bool, **kwargs: Any) -> nn.Module:
     pruning = pop_pruning(kwargs)
     fields = {name: source[name] for name in SOURCE_FIELDS if name in source}
     vit = timm.create_model(pretrained=pretrained, **fields, **backbone_args, **kwargs)
@@ -163,7 +205,7 @@ def relevance_spot_vit_base_patch16_mae(
     model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, init_values=1.0, global_pool='avg')
     return create_spot_vit(
         'relevance_spot_vit_base_patch16_mae', pretrained, model_cls=RelevanceSubpixelVisionTransformer,
-        filter_fn=relevance_filter_fn, **dict(model_args, **kwargs))
+        filter_fn=partial(relevance_filter_fn, fresh_predictors=_pop_fresh(kwargs)), **dict(model_args, **kwargs))
 
 
 @register_model
@@ -176,4 +218,4 @@ def relevance_spot_vit_pico_patch8_64(
         img_size=64, patch_size=8, embed_dim=128, depth=5, num_heads=4, init_values=1.0, global_pool='avg')
     return create_spot_vit(
         'relevance_spot_vit_pico_patch8_64', pretrained, model_cls=RelevanceSubpixelVisionTransformer,
-        filter_fn=relevance_filter_fn, **dict(model_args, **kwargs))
+        filter_fn=partial(relevance_filter_fn, fresh_predictors=_pop_fresh(kwargs)), **dict(model_args, **kwargs))

@@ -20,7 +20,7 @@ from ..ops.samplers import lattice_shape
 from ..ops.windows import check_images
 from ._features import Intermediates, format_intermediates, tokens_to_map
 from ._timm import feature_take_indices, update_model_args
-from .placement import Placer, get_placer
+from .placement import SAMPLED, Placer, Prior, get_placer
 from .spot_config import PLACEMENT_FIELDS, make_priors, merge_settings
 from .subpixel_embed import SubpixelEmbed
 
@@ -89,10 +89,10 @@ class SubpixelVisionTransformer(VisionTransformer):
         """What the constructor adds to a ViT over windows; on its own, on one that is built already."""
         self._settings = {name: value for name, value in settings.items() if value is not None}
         with torch.device(device) if device is not None else nullcontext():
-            self.placer: Placer = get_placer('sampled' if placer is None else placer)(*self._priors(self._settings))
+            self.placer: Placer = get_placer(SAMPLED if placer is None else placer)(*self._priors(self._settings))
         self._state_reductions()
 
-    def _priors(self, settings: dict[str, Any]) -> tuple[Any, Any]:
+    def _priors(self, settings: dict[str, Any]) -> tuple[Prior, Prior]:
         return make_priors(self.patch_embed.window, **settings)
 
     @property
@@ -122,8 +122,7 @@ class SubpixelVisionTransformer(VisionTransformer):
                 eval mode alone; `seed`, `saliency`.
 
         Raises:
-            TypeError: Another keyword.
-            TypeError, ValueError: As the constructor; the model is then as it was.
+            TypeError, ValueError: Another keyword, or as the constructor; the model is then as it was.
 
         Example:
             >>> import timm, timm_spot
@@ -201,8 +200,7 @@ class SubpixelVisionTransformer(VisionTransformer):
         Args:
             x: Images, normalised, or uint8, which are normalised with the mean and std of the `pretrained_cfg`.
             positions: Placement (B, N, 2) or (N, 2) instead of the sampler's.
-            attn_mask: Attention mask, as in timm.
-            is_causal: Causal attention, as in timm.
+            attn_mask, is_causal: As in timm.
         """
         x = self._embed(x, positions)
         if attn_mask is not None or is_causal:
@@ -256,8 +254,7 @@ class SubpixelVisionTransformer(VisionTransformer):
             output_fmt: 'NCHW' or 'NLC'.
             intermediates_only: Only return intermediate features.
             output_dict: Return a dictionary with 'image_features' and 'image_intermediates'.
-            attn_mask: Attention mask, as in timm.
-            is_causal: Causal attention, as in timm.
+            attn_mask, is_causal: As in timm.
             positions: Placement (B, N, 2) or (N, 2) instead of the sampler's.
 
         Raises:
@@ -290,10 +287,10 @@ class SubpixelVisionTransformer(VisionTransformer):
             ValueError: They lie on none.
         """
         placer = self.placer
-        if self.training and placer.prior.draws_budget:
+        if self.training and placer.train_prior.draws_budget:
             raise ValueError(
-                f"n_tokens={placer.prior.n_tokens} draws a budget for each training batch, no feature map is known "
-                "before: use output_fmt='NLC'.")
+                f"n_tokens={placer.train_prior.n_tokens} draws a budget for each training batch, no feature map is "
+                "known before: use output_fmt='NLC'.")
         shape = placer.lattice(image_size)
         if shape is None:
             raise ValueError(

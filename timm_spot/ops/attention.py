@@ -8,11 +8,11 @@ registers), the other n are the image's.
 """
 from __future__ import annotations
 
-import math
+import operator
 import random
+from collections.abc import Sequence
 from contextlib import nullcontext
 from fractions import Fraction
-from typing import List, Optional, Tuple
 
 import torch
 
@@ -23,7 +23,7 @@ def attention_statistics(
         attention: torch.Tensor,
         num_prefix_tokens: int,
         class_token: bool = True,
-        keep: Optional[torch.Tensor] = None,
+        keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Five numbers for each image token i and head, from one layer's attention.
 
@@ -66,28 +66,41 @@ def attention_statistics(
     return statistics.flatten(1, 2)[:, :, num_prefix_tokens:].transpose(1, 2)
 
 
-def class_attention(attention: torch.Tensor, num_prefix_tokens: int, class_token: bool = True) -> torch.Tensor:
+def class_attention(
+        attention: torch.Tensor,
+        num_prefix_tokens: int,
+        class_token: bool = True,
+        keep: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Attention (B, n) of the class token to each image token, averaged over heads.
 
     Without a class token that of the mean query. Arguments as for `attention_statistics`.
     """
     if class_token:
         return attention[:, :, 0, num_prefix_tokens:].mean(dim=1)
-    weights, _ = _token_weights(attention, num_prefix_tokens, None)
+    weights, _ = _token_weights(attention, num_prefix_tokens, keep)
     return _summary_attention(attention, num_prefix_tokens, False, weights)[0].mean(dim=1)[:, num_prefix_tokens:]
 
 
-def received_attention(attention: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
-    """Mean attention (B, n) that each image token receives from the image tokens, averaged over heads."""
-    weights, _ = _token_weights(attention, num_prefix_tokens, None)
+def received_attention(
+        attention: torch.Tensor,
+        num_prefix_tokens: int,
+        class_token: bool = True,
+        keep: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean attention (B, n) that each image token receives from the image tokens, averaged over heads.
+
+    Arguments as for `attention_statistics`; it is the same with a class token and without.
+    """
+    weights, _ = _token_weights(attention, num_prefix_tokens, keep)
     return (weights.to(attention.dtype) @ attention).squeeze(2).mean(dim=1)[:, num_prefix_tokens:]
 
 
 def _token_weights(
         attention: torch.Tensor,
         num_prefix_tokens: int,
-        keep: Optional[torch.Tensor],
-) -> Tuple[torch.Tensor, torch.Tensor]:
+        keep: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights (B or 1, 1, 1, L) that average over the image tokens left, and the count (B or 1, 1, 1) of all left."""
     n = attention.shape[-1] - num_prefix_tokens
     if keep is None:
@@ -102,7 +115,7 @@ def _summary_attention(
         num_prefix_tokens: int,
         class_token: bool,
         weights: torch.Tensor,
-) -> Tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What the class token (or the mean query) attends to, and what attends to it (to the mean key), (B, heads, L)."""
     if class_token:
         return attention[:, :, 0], attention[:, :, :, 0]
@@ -120,18 +133,34 @@ def check_keep_rate(keep_rate: float) -> None:
         raise ValueError(f'keep_rate={keep_rate} must be greater than 0 and at most 1.')
 
 
-@torch.compiler.assume_constant_result
-def keep_counts(n_tokens: int, keep_rate: float, n_stages: int) -> List[int]:
-    """Image tokens left at each stage: keep_rate ** s of `n_tokens`, rounded half up, at least one.
+def keep_shares(keep_rate: float, n_stages: int) -> tuple[tuple[int, int], ...]:
+    """Share of the tokens left at each stage, keep_rate ** s, as numerator and denominator.
 
     Exact: `keep_rate` counts as the decimal number that it prints as.
+
+    Example:
+        >>> keep_shares(0.7, 2)
+        ((7, 10), (49, 100))
+    """
+    check_keep_rate(keep_rate)
+    rate = Fraction(str(keep_rate))
+    return tuple((rate ** (s + 1)).as_integer_ratio() for s in range(n_stages))
+
+
+def share_counts(n_tokens: int, shares: Sequence[tuple[int, int]]) -> list[int]:
+    """Image tokens left of `n_tokens` at each of `keep_shares`: rounded half up, at least one."""
+    n_tokens = operator.index(n_tokens)  # while torch.compile traces, sizes are symbols: a program for each count
+    return [max(1, (2 * n_tokens * share + whole) // (2 * whole)) for share, whole in shares]
+
+
+def keep_counts(n_tokens: int, keep_rate: float, n_stages: int) -> list[int]:
+    """Image tokens left at each stage: keep_rate ** s of `n_tokens`, rounded half up, at least one.
 
     Example:
         >>> keep_counts(196, 0.7, 3)
         [137, 96, 67]
     """
-    rate = Fraction(str(keep_rate))
-    return [max(1, math.floor(n_tokens * rate ** (s + 1) + Fraction(1, 2))) for s in range(n_stages)]
+    return share_counts(n_tokens, keep_shares(keep_rate, n_stages))
 
 
 def keep_top(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -157,8 +186,14 @@ def gather_tokens(x: torch.Tensor, index: torch.Tensor, num_prefix_tokens: int) 
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
-@torch.compiler.assume_constant_result
 def random_scores(n_tokens: int, seed: int) -> torch.Tensor:
-    """Scores (n_tokens,), the same at every call: all images of a batch lose the same tokens."""
+    """Scores (n_tokens,), float32 on the CPU, the same at every call: all images of a batch lose the same tokens."""
+    # Whatever the default dtype and device are just now: a compiled program keeps what is drawn here.
+    return torch.tensor(_draw_numbers(operator.index(n_tokens), seed), dtype=torch.float32, device='cpu')
+
+
+# Numbers, no tensor: `torch.compile` takes a constant tensor for one of changing shape when it meets the next.
+@torch.compiler.assume_constant_result
+def _draw_numbers(count: int, seed: int) -> list[float]:
     numbers = random.Random(seed)  # a generator of torch's cannot be exported
-    return torch.tensor([numbers.random() for _ in range(n_tokens)])
+    return [numbers.random() for _ in range(count)]

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Tuple
 
 import torch
 
@@ -23,8 +22,8 @@ class Normalization:
         tensor([[[0., 1.]]])
     """
 
-    mean: Tuple[float, ...]
-    std: Tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     def for_channels(self, channels: int) -> Normalization:
         """The same for images of so many channels: their average where the count differs."""
@@ -51,7 +50,7 @@ class Normalization:
         mean, std = self._constants(images)
         return images * std + mean
 
-    def _constants(self, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def _constants(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = images.dtype if images.is_floating_point() else torch.float32
         mean, std = (torch.tensor(v, dtype=dtype, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std))
         return mean, std

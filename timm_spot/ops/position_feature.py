@@ -10,7 +10,6 @@ linspace(0, 1, m):
 from __future__ import annotations
 
 import math
-from typing import Tuple
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +51,7 @@ def fit_position_weights(
         table: torch.Tensor,
         nodes: int,
         sigma: torch.Tensor,
-        extent: Tuple[float, float] = (1., 1.),
+        extent: tuple[float, float] = (1., 1.),
 ) -> torch.Tensor:
     """Weights of the (unscaled) position feature that reproduce a ViT's position table, in closed form.
 

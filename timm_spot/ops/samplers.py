@@ -10,29 +10,37 @@ A sampler is a function that takes any of the keywords below and returns positio
 from __future__ import annotations
 
 import difflib
-import hashlib
 import inspect
-import itertools
 import math
-import operator
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+
+from .lattices import center, grid, grid_center, grid_uniform, isotropic
+from .lattices import lattice_shape as lattice_shape
+from .seeds import check_seed as check_seed
+from .seeds import derive_seed as derive_seed
 
 _KEYWORDS = ('n_tokens', 'image_size', 'batch_size', 'saliency', 'generator', 'window')
 
 
+Draw = Callable[..., torch.Tensor]
+
+
 class _Sampler(NamedTuple):
-    draw: Callable[..., torch.Tensor]
+    draw: Draw
     deterministic: bool
-    keywords: Tuple[str, ...]
+    keywords: tuple[str, ...]
 
 
-_SAMPLERS: Dict[str, _Sampler] = {}
+_SAMPLERS: dict[str, _Sampler] = {}
 _ALIASES = {'gauss': 'gaussian'}
+_STATISTICS = 2 ** 16  # draws to be counted, on images of fewer pixels too
+_MOST_POSITIONS = 2 ** 28  # in one call: 2 GB
 
 
-def register_sampler(name: str, deterministic: bool = False) -> Callable[[Callable], Callable]:
+def register_sampler(name: str, deterministic: bool = False) -> Callable[[Draw], Draw]:
     """Decorator that registers a sampler under a name, for `sampler=name` everywhere.
 
     The function takes, by name, whichever it needs of `n_tokens`, `image_size` (H, W), `batch_size`, `saliency`
@@ -59,7 +67,7 @@ def register_sampler(name: str, deterministic: bool = False) -> Callable[[Callab
     if name in _SAMPLERS or name in _ALIASES:
         raise ValueError(f'name={name!r} is already a sampler, choose another name.')
 
-    def decorator(fn: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def decorator(fn: Draw) -> Draw:
         parameters = inspect.signature(fn).parameters.values()
         takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
         named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
@@ -76,7 +84,7 @@ def register_sampler(name: str, deterministic: bool = False) -> Callable[[Callab
     return decorator
 
 
-def list_samplers() -> List[str]:
+def list_samplers() -> list[str]:
     """Names of all samplers, sorted."""
     return sorted(_SAMPLERS)
 
@@ -95,7 +103,7 @@ def get_sampler(name: str) -> _Sampler:
     return sampler
 
 
-def check_n_tokens(n_tokens: int) -> None:
+def check_n_tokens(n_tokens: Any) -> None:
     """Raise TypeError or ValueError unless `n_tokens` is a whole number of at least 1."""
     if isinstance(n_tokens, bool) or not isinstance(n_tokens, int):
         raise TypeError(f'n_tokens must be an int, got {n_tokens!r} ({type(n_tokens).__name__}).')
@@ -103,14 +111,14 @@ def check_n_tokens(n_tokens: int) -> None:
         raise ValueError(f'n_tokens={n_tokens} is not a budget, it must be at least 1.')
 
 
-def check_budgets(n_tokens: Union[int, Sequence[int]]) -> Tuple[int, int]:
+def check_budgets(n_tokens: int | Sequence[int]) -> tuple[int, int]:
     """Smallest and largest of a fixed budget n, or of budgets (low, high).
 
     Raises:
         TypeError: Not a whole number, nor two.
         ValueError: A budget below 1, or the first above the second.
     """
-    if not isinstance(n_tokens, (tuple, list)):
+    if not isinstance(n_tokens, Sequence) or isinstance(n_tokens, str):
         check_n_tokens(n_tokens)
         return n_tokens, n_tokens
     if len(n_tokens) != 2:
@@ -123,43 +131,13 @@ def check_budgets(n_tokens: Union[int, Sequence[int]]) -> Tuple[int, int]:
     return low, high
 
 
-def check_seed(seed: int) -> None:
-    """Raise TypeError or ValueError unless `seed` is a whole number that a torch.Generator takes."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f'seed must be an int, got {seed!r} ({type(seed).__name__}).')
-    if not -2 ** 63 <= seed < 2 ** 64:
-        raise ValueError(f'seed={seed} is out of range, generators of random numbers take -2**63 to 2**64 - 1.')
-
-
-def derive_seed(*numbers: int) -> int:
-    """A seed that follows from whole numbers: the same in every process, on every machine, under every Python.
-
-    Other numbers, or the same in another order, give seeds that have nothing in common: `derive_seed(seed, image)` is
-    the seed of one image's draw.
-
-    Args:
-        *numbers: Any whole numbers, at least one.
-
-    Returns:
-        A seed in [0, 2**63), which torch, NumPy and SciPy take.
-
-    Example:
-        >>> derive_seed(0, 1), derive_seed(1, 0)
-        (1506311409109703068, 5474098308975844552)
-    """
-    if not numbers:
-        raise TypeError('derive_seed needs at least one number.')
-    text = ','.join(str(operator.index(n)) for n in numbers)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'big') >> 1
-
-
 def sample_positions(
         sampler: str,
         n_tokens: int,
-        image_size: Tuple[int, int],
+        image_size: tuple[int, int],
         batch_size: int = 1,
-        saliency: Optional[torch.Tensor] = None,
-        generator: Optional[torch.Generator] = None,
+        saliency: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
         window: int = 16,
         **options: Any,
 ) -> torch.Tensor:
@@ -167,7 +145,7 @@ def sample_positions(
 
     Args:
         sampler: Name of the prior, see `list_samplers`.
-        n_tokens: Tokens of each image, at least 1.
+        n_tokens: Tokens of each image, at least 1 and at most H * W (or 65,536, for statistics on small images).
         image_size: (H, W) in pixels.
         batch_size: Number of placements; stochastic samplers draw each anew.
         saliency: (batch_size, H, W) or (H, W), non-negative; for the `salient` samplers and any that ask for it. Under
@@ -182,7 +160,8 @@ def sample_positions(
         (for samplers that use `saliency`: on its device).
 
     Raises:
-        TypeError: `n_tokens` is no int, `saliency` no tensor, or the sampler knows no such option.
+        TypeError: `n_tokens`, `batch_size` or `window` is no int, `saliency` no tensor, the sampler knows no such
+            option, or its positions are no float32 or float64.
         ValueError: An unknown sampler, a budget it cannot serve, an impossible size, a missing or wrong map.
 
     Example:
@@ -190,12 +169,7 @@ def sample_positions(
         [[0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]]
     """
     draw, _, keywords = get_sampler(sampler)
-    check_n_tokens(n_tokens)
-    if batch_size < 1:
-        raise ValueError(f'batch_size={batch_size} must be at least 1.')
-    if len(image_size) != 2 or min(image_size) < 1:
-        raise ValueError(f'image_size={tuple(image_size)} must be (height, width) in pixels, each at least 1.')
-    image_size = (int(image_size[0]), int(image_size[1]))
+    image_size = _check_sizes(n_tokens, image_size, batch_size, window)
     rows = batch_size
     if 'saliency' in keywords:
         saliency = _check_saliency(sampler, saliency, image_size, batch_size)
@@ -207,14 +181,40 @@ def sample_positions(
     if tuple(positions.shape) not in ((n_tokens, 2), (rows, n_tokens, 2)):
         raise ValueError(
             f'sampler {sampler!r} returned shape {tuple(positions.shape)}, expected ({rows}, {n_tokens}, 2).')
+    if positions.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f'sampler {sampler!r} returned {positions.dtype}, too coarse for positions: name dtype=torch.float32 where '
+            'it makes tensors.')
     # Float32 rounding may carry a draw just below 1 up to 1, never beyond.
     return positions.to(torch.float32).clamp(0., 1.).expand(rows, -1, -1)
 
 
+def _check_sizes(n_tokens: int, image_size: Sequence[int], batch_size: int, window: int) -> tuple[int, int]:
+    """Raise TypeError or ValueError for what no placement can have, before anything is drawn; the size in integers."""
+    check_n_tokens(n_tokens)
+    for name, value in (('batch_size', batch_size), ('window', window)):
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f'{name} must be an int, got {value!r} ({type(value).__name__}).')
+        if value < 1:
+            raise ValueError(f'{name}={value} must be at least 1.')
+    if len(image_size) != 2 or not all(side >= 1 for side in image_size):
+        raise ValueError(f'image_size={tuple(image_size)} must be (height, width) in pixels, each at least 1.')
+    H, W = int(image_size[0]), int(image_size[1])
+    if n_tokens > max(H * W, _STATISTICS):
+        raise ValueError(
+            f'n_tokens={n_tokens} exceeds the {H * W} pixels of an image of {H} x {W} px: more tokens than pixels see '
+            'nothing new.')
+    if batch_size * n_tokens > _MOST_POSITIONS:
+        raise ValueError(
+            f'batch_size={batch_size} placements of n_tokens={n_tokens} are more than {_MOST_POSITIONS} positions: '
+            'draw fewer at a time.')
+    return H, W
+
+
 def _check_saliency(
         sampler: str,
-        saliency: Optional[torch.Tensor],
-        image_size: Tuple[int, int],
+        saliency: torch.Tensor | None,
+        image_size: tuple[int, int],
         batch_size: int,
 ) -> torch.Tensor:
     if saliency is None:
@@ -237,75 +237,35 @@ def _check_saliency(
 
 
 @register_sampler('uniform')
-def uniform(n_tokens: int, batch_size: int, generator: Optional[torch.Generator]) -> torch.Tensor:
+def uniform(n_tokens: int, batch_size: int, generator: torch.Generator | None) -> torch.Tensor:
     """Independent draws from U[0, 1]^2."""
-    return torch.rand(batch_size, n_tokens, 2, generator=generator, device=_device(generator))
+    return torch.rand(batch_size, n_tokens, 2, generator=generator, **_kind(generator))
 
 
 @register_sampler('gaussian')
-def gaussian(n_tokens: int, batch_size: int, generator: Optional[torch.Generator]) -> torch.Tensor:
+def gaussian(n_tokens: int, batch_size: int, generator: torch.Generator | None) -> torch.Tensor:
     """Independent draws from N(0.5, 1 / pi) (standard deviation), clamped to the image."""
-    noise = torch.randn(batch_size, n_tokens, 2, generator=generator, device=_device(generator))
+    noise = torch.randn(batch_size, n_tokens, 2, generator=generator, **_kind(generator))
     return (0.5 + noise / math.pi).clamp(0., 1.)
 
 
 @register_sampler('sobol')
-def sobol(n_tokens: int, batch_size: int, generator: Optional[torch.Generator]) -> torch.Tensor:
+def sobol(n_tokens: int, batch_size: int, generator: torch.Generator | None) -> torch.Tensor:
     """Scrambled Sobol points: as random as uniform draws, but evenly spread. Another scrambling for each image."""
     from scipy.stats import qmc
 
-    seeds = torch.randint(2 ** 31, (batch_size,), generator=generator, device=_device(generator)).tolist()
+    kind = dict(_kind(generator), dtype=torch.int64)
+    seeds = torch.randint(2 ** 31, (batch_size,), generator=generator, **kind).tolist()
     log2 = math.ceil(math.log2(n_tokens))
     points = [qmc.Sobol(d=2, rng=seed).random_base2(log2)[:n_tokens] for seed in seeds]
     return torch.stack([torch.from_numpy(p) for p in points])
 
 
-@register_sampler('isotropic', deterministic=True)
-def isotropic(n_tokens: int, image_size: Tuple[int, int]) -> torch.Tensor:
-    """Centres of equal cells: a square lattice, or rows of nearly equal length.
-
-    The number of rows makes the tightest cell as wide, in pixels, as the budget allows.
-    """
-    H, W = image_size
-    ideal = math.sqrt(n_tokens * H / W)
-    candidates = {min(n_tokens, max(1, math.floor(ideal))), min(n_tokens, max(1, math.ceil(ideal)))}
-    rows = max(candidates, key=lambda r: (min(H / r, W / math.ceil(n_tokens / r)), r))
-    return _lattice(n_tokens, rows)
-
-
-@register_sampler('center', deterministic=True)
-def center(n_tokens: int, image_size: Tuple[int, int]) -> torch.Tensor:
-    """The isotropic lattice pulled to the middle of the image."""
-    return _pull_to_center(isotropic(n_tokens, image_size))
-
-
-@register_sampler('grid', deterministic=True)
-def grid(n_tokens: int, image_size: Tuple[int, int], window: int) -> torch.Tensor:
-    """Centres of a ViT's patches, row by row; for smaller budgets an even subset of them."""
-    H, W = image_size
-    rows, columns = H // window, W // window
-    if n_tokens > rows * columns:
-        raise ValueError(
-            f"n_tokens={n_tokens} exceeds the {rows} x {columns} patches that sampler 'grid' finds in images of "
-            f"{H} x {W} px with window={window}; 'isotropic' takes any budget.")
-    # The patches nearest to the isotropic lattice, its rows neither more nor longer than the grid's.
-    lattice_rows = round(math.sqrt(n_tokens * rows / columns))
-    lattice_rows = min(rows, n_tokens, max(lattice_rows, math.ceil(n_tokens / columns)))
-    patches = torch.tensor([rows, columns], dtype=torch.float64, device='cpu')
-    patch = torch.floor(_lattice(n_tokens, lattice_rows) * patches + 1e-9)
-    return (patch + 0.5) * window / torch.tensor([H, W], dtype=torch.float64, device='cpu')
-
-
-@register_sampler('grid_uniform', deterministic=True)
-def grid_uniform(n_tokens: int, image_size: Tuple[int, int]) -> torch.Tensor:
-    """The authors' even lattice, rounded to whole pixels; not every budget exists."""
-    return _authors_lattice('grid_uniform', 'isotropic', n_tokens, image_size)
-
-
-@register_sampler('grid_center', deterministic=True)
-def grid_center(n_tokens: int, image_size: Tuple[int, int]) -> torch.Tensor:
-    """The authors' even lattice, pulled to the middle; not every budget exists."""
-    return _pull_to_center(_authors_lattice('grid_center', 'center', n_tokens, image_size))
+register_sampler('isotropic', deterministic=True)(isotropic)
+register_sampler('center', deterministic=True)(center)
+register_sampler('grid', deterministic=True)(grid)
+register_sampler('grid_uniform', deterministic=True)(grid_uniform)
+register_sampler('grid_center', deterministic=True)(grid_center)
 
 
 @register_sampler('salient')
@@ -313,7 +273,7 @@ def salient(
         n_tokens: int,
         batch_size: int,
         saliency: torch.Tensor,
-        generator: Optional[torch.Generator],
+        generator: torch.Generator | None,
         spread: bool = False,
         inverse: bool = False,
 ) -> torch.Tensor:
@@ -349,7 +309,7 @@ def salient_sobol(
         n_tokens: int,
         batch_size: int,
         saliency: torch.Tensor,
-        generator: Optional[torch.Generator],
+        generator: torch.Generator | None,
 ) -> torch.Tensor:
     """Scrambled Sobol points carried to the saliency map: its density, but evenly spread."""
     return salient(n_tokens, batch_size, saliency, generator, spread=True)
@@ -360,13 +320,13 @@ def salient_inverse(
         n_tokens: int,
         batch_size: int,
         saliency: torch.Tensor,
-        generator: Optional[torch.Generator],
+        generator: torch.Generator | None,
 ) -> torch.Tensor:
     """Independent draws from the background of a saliency map, for control experiments."""
     return salient(n_tokens, batch_size, saliency, generator, inverse=True)
 
 
-def _invert(weights: torch.Tensor, share: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def _invert(weights: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Invert the distribution over bins (..., L) at shares (..., K) of its total: bin and place inside it, (..., K)."""
     cumulative = weights.cumsum(dim=-1)
     target = share * cumulative[..., -1:]
@@ -379,64 +339,7 @@ def _invert(weights: torch.Tensor, share: torch.Tensor) -> Tuple[torch.Tensor, t
     return index, 0.001 + 0.998 * inside
 
 
-def _device(generator: Optional[torch.Generator]) -> torch.device:
-    # Named outright, so that placements are real numbers under `with torch.device('meta')` too.
-    return torch.device('cpu') if generator is None else generator.device
-
-
-def _lattice(n_tokens: int, rows: int) -> torch.Tensor:
-    """Cell centres of `rows` rows of nearly equal length, (n_tokens, 2) in float64."""
-    # Rounding the running total spreads the longer rows evenly.
-    ends = [math.floor(i * n_tokens / rows + 0.5) for i in range(rows + 1)]
-    lengths = [b - a for a, b in itertools.pairwise(ends)]
-    points = [((i + 0.5) / rows, (j + 0.5) / length) for i, length in enumerate(lengths) for j in range(length)]
-    return torch.tensor(points, dtype=torch.float64, device='cpu')
-
-
-def _pull_to_center(positions: torch.Tensor) -> torch.Tensor:
-    """0.5 + d (1 - exp(-(d / 0.2)^2)) for the offset d from 0.5, along each axis."""
-    offset = positions - 0.5
-    return 0.5 + offset * (1 - torch.exp(-(offset / 0.2).square()))
-
-
-def _authors_lattice(name: str, instead: str, n_tokens: int, image_size: Tuple[int, int]) -> torch.Tensor:
-    """Whole-pixel lattice: step = round(sqrt(H W / n)), start = floor(sqrt(H W / n) / 2), position = index / size."""
-    if n_tokens == 1:
-        return torch.full((1, 2), 0.5, dtype=torch.float64, device='cpu')
-    H, W = image_size
-    spacing = math.sqrt(H * W / n_tokens)
-    step, start = max(1, round(spacing)), math.floor(spacing / 2)
-    points = [(y / H, x / W) for y in range(start, H, step) for x in range(start, W, step)]
-    if len(points) != n_tokens:
-        raise ValueError(
-            f'n_tokens={n_tokens} does not exist for sampler {name!r} on images of {H} x {W} px (its lattice has '
-            f'{len(points)} points); {instead!r} takes any budget.')
-    return torch.tensor(points, dtype=torch.float64, device='cpu')
-
-
-def lattice_shape(positions: torch.Tensor) -> Optional[Tuple[int, int]]:
-    """Rows and columns of a placement that is a lattice, or None.
-
-    A lattice has its tokens row by row, those of a row at one y, those of a column at one x, both ascending; all
-    images share it.
-
-    Args:
-        positions: (B, N, 2).
-
-    Example:
-        >>> lattice_shape(sample_positions('isotropic', 12, (96, 128)))
-        (3, 4)
-        >>> lattice_shape(sample_positions('isotropic', 11, (96, 128))) is None
-        True
-    """
-    if not (positions == positions[:1]).all():
-        return None
-    y, x = positions[0].unbind(dim=-1)
-    n = y.shape[0]
-    columns = int((y == y[0]).sum())
-    if n % columns:
-        return None
-    y, x = y.view(-1, columns), x.view(-1, columns)
-    rectangular = (y == y[:, :1]).all() and (x == x[:1]).all()
-    ascending = (y[:, 0].diff() > 0).all() and (x[0].diff() > 0).all()
-    return (n // columns, columns) if rectangular and ascending else None
+def _kind(generator: torch.Generator | None) -> dict[str, Any]:
+    """Device and dtype of random numbers: the generator's, and float32."""
+    # Named outright, so that placements do not depend on torch's default dtype or on `with torch.device('meta')`.
+    return dict(device='cpu' if generator is None else generator.device, dtype=torch.float32)

@@ -10,12 +10,12 @@ with origin and spacing set by the convention, see `sample_windows`.
 """
 from __future__ import annotations
 
-from typing import Any, Tuple
-
 import torch
-import torch.nn.functional as F
+
+from .bilinear import patch_windows, read_lattice, symmetric_windows, transformed
 
 CONVENTIONS = ('patch', 'spot')
+_FARTHEST = 5  # image sides that a position may lie outside the image: no search gets there, pixels do
 
 
 def check_convention(convention: str, window: int) -> None:
@@ -42,7 +42,8 @@ def check_images(images: torch.Tensor, window: int) -> None:
 def check_positions(positions: torch.Tensor, images: torch.Tensor) -> None:
     """Raise TypeError or ValueError unless `positions` is a placement for `images`.
 
-    Positions may lie outside [0, 1] (the oracle moves them freely), but must be finite.
+    Positions may lie outside [0, 1] (the oracle moves them freely), but no more than five image sides, where no window
+    sees anything: such values are pixels taken for fractions.
 
     Args:
         positions: (B, N, 2) or (N, 2), float32 or float64, on the device of `images`.
@@ -58,126 +59,45 @@ def check_positions(positions: torch.Tensor, images: torch.Tensor) -> None:
         raise ValueError(f'positions must have shape ({batch}, N, 2) or (N, 2) with N >= 1, got {shape}.')
     if positions.device != images.device:
         raise ValueError(f'positions are on {positions.device}, images on {images.device}: move one to the other.')
-    # Looking at values would break a graph under compile, export or trace.
-    if not (positions.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+    # Values cannot be looked at on the meta device, in a graph that is captured, or under torch.func.
+    if positions.is_meta or torch.compiler.is_compiling() or torch._C._is_tracing() or transformed():
+        return
+    near = (positions.detach() - 0.5).abs() <= 0.5 + _FARTHEST  # NaN is not
+    if not near.all():
         finite = positions.detach().isfinite()
+        index = tuple((~(near if finite.all() else finite)).nonzero()[0].tolist())
         if not finite.all():
-            bad = (~finite).nonzero()[0].tolist()
-            raise ValueError(f'positions of shape {shape} hold NaN or infinity, first at index {tuple(bad)}.')
-
-
-def _patch_windows(images: torch.Tensor, positions: torch.Tensor, window: int) -> torch.Tensor:
-    """Windows (B, C, N, k, k) under convention `patch`, at p * L - 0.5 + offset pixels."""
-    B, C, H, W = images.shape
-    N = positions.shape[1]
-    offsets = torch.arange(window, device=positions.device, dtype=positions.dtype) - (window - 1) / 2
-    # grid_sample counts the image from -1 to 1, edge to edge: 2 p - 1 is the position itself.
-    y = 2. * positions[:, :, 0:1] - 1. + offsets * (2. / H)
-    x = 2. * positions[:, :, 1:2] - 1. + offsets * (2. / W)
-    grid = torch.stack(
-        [x[:, :, None, :].expand(-1, -1, window, -1), y[:, :, :, None].expand(-1, -1, -1, window)], dim=-1)
-    out = F.grid_sample(
-        images, grid.reshape(B, N * window, window, 2), mode='bilinear', padding_mode='zeros', align_corners=False)
-    return out.view(B, C, N, window, window)
-
-
-class _SymmetricWindows(torch.autograd.Function):
-    """`_patch_windows` with the symmetric derivative f(x + 1/2) - f(x - 1/2) to the positions.
-
-    Bilinear interpolation has a kink on every pixel centre and a position on the patch grid puts all k * k samples
-    there, so automatic differentiation would return the slope of one side only.
-
-    All samples of a window lie equally far from the pixels, so value and derivative are weighted sums of three shifted
-    views along each axis of the (k + 2) x (k + 2) pixels around it, read once.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, images: torch.Tensor, positions: torch.Tensor, window: int) -> torch.Tensor:
-        first = torch.stack([p * L - window / 2 for p, L in zip(positions.unbind(-1), images.shape[-2:])], dim=-1)
-        corner = (first - 0.5).floor()
-        offset = first - corner  # of the first sample from the first pixel, in [0.5, 1.5]
-        pixels = _read_pixels(images, corner, window + 2)
-        ctx.save_for_backward(images if ctx.needs_input_grad[0] else None, positions, pixels, offset)
-        ctx.window, ctx.size = window, images.shape[-2:]
-        values_y, values_x = _value_weights(offset).unbind(dim=2)
-        return _weigh(_weigh(pixels, values_x, -1), values_y, -2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        images, positions, pixels, offset = ctx.saved_tensors
-        H, W = ctx.size
-        grad_images = grad_positions = None
-        if ctx.needs_input_grad[0]:
-            with torch.enable_grad():
-                leaf = images.detach().requires_grad_()
-                windows = _patch_windows(leaf, positions.detach(), ctx.window)
-            grad_images = torch.autograd.grad(windows, leaf, grad)[0]
-        if ctx.needs_input_grad[1]:
-            values_y, values_x = _value_weights(offset).unbind(dim=2)
-            # The same tent functions half a pixel ahead minus half a pixel behind.
-            slopes_y, slopes_x = torch.stack([offset - 1.5, 2. - 2. * offset, offset - 0.5], dim=-1).unbind(dim=2)
-            dy = _weigh(_weigh(pixels, values_x, -1), slopes_y, -2)
-            dx = _weigh(_weigh(pixels, values_y, -2), slopes_x, -1)
-            grad_positions = torch.stack([(grad * dy).sum((1, 3, 4)) * H, (grad * dx).sum((1, 3, 4)) * W], dim=-1)
-        return grad_images, grad_positions, None
-
-
-def _read_pixels(images: torch.Tensor, corner: torch.Tensor, side: int) -> torch.Tensor:
-    """Blocks (B, C, N, side, side) of pixels from whole-numbered corners (B, N, 2), zero outside the image."""
-    B, C, H, W = images.shape
-    N = corner.shape[1]
-    steps = torch.arange(side, device=corner.device, dtype=corner.dtype)
-    y = (2. * (corner[:, :, 0:1] + steps) + 1.) / H - 1.
-    x = (2. * (corner[:, :, 1:2] + steps) + 1.) / W - 1.
-    grid = torch.stack([x[:, :, None, :].expand(-1, -1, side, -1), y[:, :, :, None].expand(-1, -1, -1, side)], dim=-1)
-    out = F.grid_sample(
-        images, grid.reshape(B, N * side, side, 2), mode='nearest', padding_mode='zeros', align_corners=False)
-    return out.view(B, C, N, side, side)
-
-
-def _value_weights(offset: torch.Tensor) -> torch.Tensor:
-    """Tent functions at the three pixels from which the first sample is `offset`, `offset - 1`, `offset - 2` away."""
-    return torch.stack([(1. - offset).clamp(min=0.), 1. - (offset - 1.).abs(), (offset - 1.).clamp(min=0.)], dim=-1)
-
-
-def _weigh(x: torch.Tensor, weights: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sum of three shifted views of (B, C, N, h, w) along `dim`, by weights (B, N, 3); shortens `dim` by 2."""
-    first, second, third = weights[:, None, :, :, None, None].unbind(dim=3)
-    length = x.shape[dim] - 2
-    out = x.narrow(dim, 0, length) * first
-    return out.addcmul_(x.narrow(dim, 1, length), second).addcmul_(x.narrow(dim, 2, length), third)
+            raise ValueError(f'positions of shape {shape} hold NaN or infinity, first at index {index}.')
+        H, W = images.shape[-2:]
+        raise ValueError(
+            f'positions of shape {shape} hold {positions[index].item():.5g} at index {index}: (y, x) are fractions of '
+            f'the image, 0 to 1 from edge to edge and never beyond {-_FARTHEST} to {1 + _FARTHEST}; divide pixels by '
+            f'({H}, {W}).')
 
 
 def _spot_windows(images: torch.Tensor, positions: torch.Tensor, window: int) -> torch.Tensor:
-    B, C, H, W = images.shape
-    N = positions.shape[1]
+    """Windows (B, C, N, k, k) under convention `spot`."""
+    H, W = images.shape[-2:]
     # As the authors round: the sum in fractions of the image, the index from it. Each other order is some 1e-5 px off.
     offsets = torch.linspace(-1., 1., window, device=positions.device, dtype=positions.dtype) * (window / (H + W))
     y, x = (positions[:, :, 0:1] + offsets) * H, (positions[:, :, 1:2] + offsets) * W
     inside = ((y >= 0) & (y < H - 1))[:, :, :, None] & ((x >= 0) & (x < W - 1))[:, :, None, :]
     y, x = 2. * y / (H - 1) - 1., 2. * x / (W - 1) - 1.
-    grid = torch.stack(
-        [x[:, :, None, :].expand(-1, -1, window, -1), y[:, :, :, None].expand(-1, -1, -1, window)], dim=-1)
-    grid = grid.reshape(B, N * window, window, 2)
-    out = F.grid_sample(images, grid, mode='bilinear', padding_mode='border', align_corners=True)
-    return out.view(B, C, N, window, window) * inside[:, None].to(out.dtype)
+    out = read_lattice(images, y, x, mode='bilinear', padding_mode='border', align_corners=True)
+    return out * inside[:, None].to(out.dtype)
 
 
 def read_windows(images: torch.Tensor, positions: torch.Tensor, window: int, convention: str) -> torch.Tensor:
-    """`sample_windows` without its checks: positions (B, N, 2), any convention string but 'spot' is 'patch'.
-
-    Scriptable (a scripted graph uses the plain derivative).
-    """
+    """`sample_windows` without its checks: positions (B, N, 2), any convention string but 'spot' is 'patch'."""
     dtype = torch.promote_types(images.dtype, torch.float32)
     images, positions = images.to(dtype), positions.to(dtype)
+    follow = positions.requires_grad or transformed()
     if convention == 'spot':
         out = _spot_windows(images, positions, window)
-    elif torch.jit.is_scripting():
-        out = _patch_windows(images, positions, window)
-    elif torch.is_grad_enabled() and positions.requires_grad:
-        out = _SymmetricWindows.apply(images, positions, window)
+    elif torch.is_grad_enabled() and (follow or images.requires_grad):
+        out = symmetric_windows(images, positions, window, follow)
     else:
-        out = _patch_windows(images, positions, window)
+        out = patch_windows(images, positions, window)
     return out.transpose(1, 2)
 
 
@@ -185,7 +105,7 @@ def gather_blocks(
         images: torch.Tensor,
         positions: torch.Tensor,
         window: int,
-) -> Tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The pixels that each window reads (convention `patch`), in the dtype of the images, as small images.
 
     Reading a window from its block gives what the whole image gives, border and gradient included: a block ends either

@@ -1,7 +1,8 @@
 """From pictures to class names and probabilities."""
 from __future__ import annotations
 
-from typing import Iterator, List, NamedTuple, Sequence, Tuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,12 +34,12 @@ class LoadedBatch(NamedTuple):
         foreign: Names of those that are clearly not what the model reads, see `looks_foreign`.
     """
 
-    names: List[str]
+    names: list[str]
     images: torch.Tensor
-    foreign: List[str]
+    foreign: list[str]
 
 
-def class_names(model: nn.Module) -> List[str]:
+def class_names(model: nn.Module) -> list[str]:
     """Names of a model's classes: its config's own, else timm's ImageNet tables, else the numbers."""
     names = label_names(model)
     if names:
@@ -54,7 +55,7 @@ def read_batches(
         pictures: Pictures,
         model: nn.Module,
         batch_size: int,
-        broken: List[str],
+        broken: list[str],
 ) -> Iterator[LoadedBatch]:
     """Pictures as a model takes them, in batches.
 
@@ -64,8 +65,8 @@ def read_batches(
         batch_size: Pictures in a batch; some have fewer, where pictures cannot be read, but none is empty.
         broken: Gets what is wrong with pictures that cannot be read.
     """
-    transform, reads_digits = model_transform(model), label_names(model) == _DIGITS
-    batch: List[Tuple[str, torch.Tensor, bool]] = []
+    transform, digits_only = model_transform(model), reads_digits(model)
+    batch: list[tuple[str, torch.Tensor, bool]] = []
     indices: Iterator = enumerate(pictures) if pictures.is_stream else ((i, None) for i in range(len(pictures)))
     for count, (i, streamed) in enumerate(indices, start=1):
         try:
@@ -73,12 +74,17 @@ def read_batches(
         except PictureError as e:
             broken.append(str(e))
         else:
-            batch.append((pictures.name(i), transform(picture), reads_digits and looks_foreign(picture)))
+            batch.append((pictures.name(i), transform(picture), digits_only and looks_foreign(picture)))
         if batch and count % batch_size == 0:
             yield _collate(batch)
             batch = []
     if batch:
         yield _collate(batch)
+
+
+def reads_digits(model: nn.Module) -> bool:
+    """Whether a model's classes are the ten digits."""
+    return label_names(model) == _DIGITS
 
 
 def looks_foreign(picture: Image.Image) -> bool:
@@ -90,7 +96,7 @@ def looks_foreign(picture: Image.Image) -> bool:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, images: torch.Tensor, names: Sequence[str], topk: int = 5) -> List[List[ClassScore]]:
+def predict(model: nn.Module, images: torch.Tensor, names: Sequence[str], topk: int = 5) -> list[list[ClassScore]]:
     """The most probable classes of each image.
 
     Args:
@@ -108,6 +114,6 @@ def predict(model: nn.Module, images: torch.Tensor, names: Sequence[str], topk: 
         for p, row in zip(probabilities.tolist(), labels.tolist())]
 
 
-def _collate(batch: Sequence[Tuple[str, torch.Tensor, bool]]) -> LoadedBatch:
+def _collate(batch: Sequence[tuple[str, torch.Tensor, bool]]) -> LoadedBatch:
     names, images, foreign = zip(*batch)
     return LoadedBatch(list(names), torch.stack(images), [name for name, is_so in zip(names, foreign) if is_so])

@@ -38,10 +38,28 @@ def start_processes(device: str) -> Processes:
 
     Args:
         device: Of a single process; several take the devices that accelerate gives them.
+
+    Raises:
+        ValueError: There is no such device.
     """
     if int(os.environ.get('WORLD_SIZE', 1)) == 1:
-        return Processes(0, 1, torch.device(device))
+        return Processes(0, 1, check_device(device))
     from accelerate import PartialState  # extra `evaluate`
 
     state = PartialState()
     return Processes(state.process_index, state.num_processes, state.device)
+
+
+def check_device(name: str) -> torch.device:
+    """A device by its name, if something can be computed on it.
+
+    Raises:
+        ValueError: There is none of this name on this machine; says why.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (AssertionError, NotImplementedError, RuntimeError) as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise ValueError(f"device={name!r} cannot be used here ({reason}): take 'cpu', say.") from e
+    return device

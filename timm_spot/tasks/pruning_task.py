@@ -5,7 +5,8 @@ https://arxiv.org/abs/2511.10488
 """
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Optional, Tuple, Union
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,15 +85,15 @@ class RelevanceTask(TrainingTask):
             self,
             student_model: TokenPruning,
             teacher_model: nn.Module,
-            criterion: Optional[Callable[..., torch.Tensor]] = None,
-            keep_rate: Optional[Union[float, Tuple[float, float]]] = None,
+            criterion: Callable[..., torch.Tensor] | None = None,
+            keep_rate: float | tuple[float, float] | None = None,
             ratio_weight: float = 2.0,
             logit_weight: float = 0.5,
             token_weight: float = 0.5,
             **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not isinstance(student_model, TokenPruning) or student_model.scorer != 'relevance':
+        if not isinstance(student_model, TokenPruning) or not student_model.predictors:
             raise ValueError("student_model has no predictors to train: make it by timm_spot.sparsify(vit).")
         keep_rate = student_model.keep_rate if keep_rate is None else keep_rate
         self.keep_rate = keep_rate if isinstance(keep_rate, tuple) else (keep_rate, keep_rate)
@@ -112,15 +113,15 @@ class RelevanceTask(TrainingTask):
         self.teacher.eval()
         return self
 
-    def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> RelevanceTask:
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> RelevanceTask:
         """Wrap the student's masked forward in DistributedDataParallel."""
         self.masked = nn.parallel.DistributedDataParallel(self.masked, device_ids=device_ids, **ddp_kwargs)
         return self
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """Images (B, C, H, W) and labels (B,) to 'loss', 'output' (logits) and each term by name, unweighted."""
         low, high = self.keep_rate
-        keep_rate = low + (high - low) * torch.rand(()).item()
+        keep_rate = low + (high - low) * torch.rand((), dtype=torch.float32, device='cpu').item()
         student = self.trainable_module
         # A subpixel ViT draws its placements: both models see the same.
         placement = dict(positions=student.place(input)) if isinstance(student, SubpixelVisionTransformer) else {}

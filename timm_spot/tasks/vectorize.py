@@ -5,9 +5,9 @@ Paper: `Differentiable Hierarchical Visual Tokenization` (dHT) - https://arxiv.o
 from __future__ import annotations
 
 import math
-from functools import partial
+from numbers import Integral
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-from ..models.dht_tokenizer import HierarchicalTokenizer, check_region_images
+from ..models.dht_tokenizer import HierarchicalTokenizer, check_budget, check_region_images
+from ..ops.normalization import Normalization
 from ..ops.regions.features import region_means
-from ..ops.regions.outlines import fit_cubics, round_corners, simplify, split_edges, trace_outlines
+from ..ops.regions.outlines import Outlines, fit_cubics, round_corners, simplify, split_edges, trace_outlines
 
+IMAGENET = Normalization(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 CLOSE = dict(smoothing=1, stroke=0.5, longest_edge=4.)  # nearer to the picture than the authors' settings
 WEIGHTS = Path(__file__).parent.parent / 'weights' / 'dht_ras2vec.r2v.safetensors'
 
@@ -28,13 +30,13 @@ WEIGHTS = Path(__file__).parent.parent / 'weights' / 'dht_ras2vec.r2v.safetensor
 def vectorize(
         images: torch.Tensor,
         tokenizer: HierarchicalTokenizer,
-        target: Optional[int] = None,
-        patch_size: Optional[int] = 32,
+        target: int | None = None,
+        patch_size: int | None = 32,
         smoothing: int = 2,
         tolerance: float = 0.1,
         stroke: float = 1.,
-        longest_edge: Optional[float] = None,
-) -> List[str]:
+        longest_edge: float | None = None,
+) -> list[str]:
     """Draw images as SVG, each region a path filled with its mean colour.
 
     Paths stand in the order of the regions' first pixels, so that what lies inside a region's hole is painted over it.
@@ -44,55 +46,94 @@ def vectorize(
         tokenizer: Finds the regions; in eval mode the same image always gives the same file.
         target: Regions of an image (usually a few more), round(sqrt(H * W)) by default.
         patch_size: Side of the squares of the background, which shows between the paths; None for no background.
-        smoothing: How often the corners of an outline are rounded, at least once.
-        tolerance: Points whose triangle with both neighbours has at most half this area (in square pixels) are left
-            out after each rounding: more gives fewer curves and less detail.
-        stroke: Width of the line, in the colour of the region, that closes the gaps between paths; in pixels.
-        longest_edge: Split the edges of an outline into pieces no longer than this, in pixels, before each rounding and
-            before the curves are fitted, so that these keep to long straight borders; None leaves edges whole, as the
-            authors do. Below 4, or with more than one rounding, regions vanish unless `tolerance` is lowered as well.
+        smoothing: How often the corners of an outline are rounded, 1 to 8 times.
+        tolerance: Points whose triangle with both neighbours has at most half this area (in square pixels, 0 to 100)
+            are left out after each rounding: more gives fewer curves and less detail.
+        stroke: Width of the line, in the colour of the region, that closes the gaps between paths; 0 to 100 pixels.
+        longest_edge: Split the edges of an outline into pieces no longer than this, at least 0.1 pixels, before each
+            rounding and before the curves are fitted, so that these keep to long straight borders; None (or infinity)
+            leaves edges whole, as the authors do. Below 4, or with more than one rounding, regions vanish unless
+            `tolerance` is lowered as well.
 
     Returns:
         The text of one SVG file for each image, of the size of the image.
 
     Raises:
-        ValueError: `smoothing` or `patch_size` below 1, a negative `tolerance` or `stroke`, a `longest_edge` that is
-            not positive.
+        ValueError: An option is out of its range, or the options together leave nothing of any region's outline. (The
+            defaults may: of a picture all of whose regions are single pixels the authors' own leave the background.)
     """
     check_region_images(images)
-    if smoothing < 1:
-        raise ValueError(f'smoothing={smoothing} must be at least 1.')
-    if patch_size is not None and patch_size < 1:
-        raise ValueError(f'patch_size={patch_size} must be at least 1, or None for no background.')
-    if tolerance < 0 or stroke < 0:
-        raise ValueError(f'tolerance={tolerance} and stroke={stroke} must not be negative.')
-    if longest_edge is not None and not longest_edge > 0:
-        raise ValueError(f'longest_edge={longest_edge} must be positive, or None to leave edges whole.')
+    check_options(target, patch_size, smoothing, tolerance, stroke, longest_edge)
     H, W = images.shape[-2:]
     target = max(1, round((H * W) ** 0.5)) if target is None else target
-    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    split = partial(split_edges, longest=math.inf if longest_edge is None else longest_edge)
     out = []
     for image in images.split(1):
         regions = tokenizer(image, target)
-        picture = image * std + mean
+        picture = IMAGENET.undo(image)
         colors = _to_rgb(region_means(picture, regions.segmentation, regions.sizes).T)
-        outlines = split(simplify(trace_outlines(regions.segmentation[0].cpu().numpy()), 0.))
-        for _ in range(smoothing):
-            outlines = split(simplify(round_corners(outlines), tolerance))
+        outlines = trace_outlines(regions.segmentation[0].cpu().numpy())
+        ids, curves = fit_cubics(_smooth(outlines, smoothing, tolerance, longest_edge))
+        if not len(ids) and (smoothing > 2 or tolerance > 0.1):
+            raise ValueError(
+                f'smoothing={smoothing} with tolerance={tolerance} leaves nothing of any outline in this picture of '
+                f'{H} x {W} px: lower one of them.')
         lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{W}" height="{H}">']
         if patch_size is not None:
             lines += _background(_to_rgb(picture[0].permute(1, 2, 0)), patch_size)
-        lines += _paths(*fit_cubics(outlines), colors, stroke)
+        lines += _paths(ids, curves, colors, stroke)
         out.append('\n'.join([*lines, '</svg>']))
     return out
+
+
+def check_options(
+        target: int | None = None,
+        patch_size: int | None = 32,
+        smoothing: int = 2,
+        tolerance: float = 0.1,
+        stroke: float = 1.,
+        longest_edge: float | None = None,
+) -> None:
+    """Raise ValueError unless the options of `vectorize` lie in their ranges."""
+    if target is not None:
+        check_budget('target', target)
+    if patch_size is not None and not (isinstance(patch_size, Integral) and patch_size >= 1):
+        raise ValueError(
+            f'patch_size={patch_size} must be a whole number, at least 1, or None for no background.')
+    if not (isinstance(smoothing, Integral) and 1 <= smoothing <= 8):
+        raise ValueError(
+            f'smoothing={smoothing} must be a whole number from 1 to 8: each rounding doubles the points, and after so '
+            'many there is no corner left.')
+    if not 0. <= tolerance <= 100.:
+        raise ValueError(
+            f'tolerance={tolerance} must lie in 0..100 square pixels: more leaves nothing but the largest regions.')
+    if not 0. <= stroke <= 100.:
+        raise ValueError(f'stroke={stroke} must lie in 0..100 pixels: wider lines cover the picture.')
+    if longest_edge is None:
+        return
+    if not longest_edge >= 0.1:
+        raise ValueError(
+            f'longest_edge={longest_edge} must be at least 0.1 pixels, or None to leave edges whole: shorter pieces '
+            'make large files that look the same.')
+    if longest_edge ** 2 / 8. <= tolerance:  # twice the triangle at a right angle of two such edges, once rounded
+        raise ValueError(
+            f'longest_edge={longest_edge} with tolerance={tolerance} leaves nothing of any outline: tolerance must be '
+            f'below longest_edge ** 2 / 8 = {longest_edge ** 2 / 8.:.2g}.')
+
+
+def _smooth(outlines: Outlines, smoothing: int, tolerance: float, longest_edge: float | None) -> Outlines:
+    """Round outlines, leave out what is then nearly straight, and keep edges short."""
+    longest = math.inf if longest_edge is None else longest_edge
+    outlines = split_edges(simplify(outlines, 0.), longest)
+    for _ in range(smoothing):
+        outlines = split_edges(simplify(round_corners(outlines), tolerance), longest)
+    return outlines
 
 
 def _to_rgb(colors: torch.Tensor) -> np.ndarray:
     return (255 * colors).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
-def _background(picture: np.ndarray, side: int) -> List[str]:
+def _background(picture: np.ndarray, side: int) -> list[str]:
     """Squares in the colour of their top left pixel."""
     H, W, _ = picture.shape
     return [
@@ -101,7 +142,7 @@ def _background(picture: np.ndarray, side: int) -> List[str]:
         for y in range(0, H, side) for x in range(0, W, side)]
 
 
-def _paths(ids: np.ndarray, curves: np.ndarray, colors: np.ndarray, stroke: float) -> List[str]:
+def _paths(ids: np.ndarray, curves: np.ndarray, colors: np.ndarray, stroke: float) -> list[str]:
     lines = []
     first = np.flatnonzero(np.diff(ids, prepend=-1))
     for part in np.split(np.arange(len(ids)), first[1:]) if len(ids) else []:
@@ -123,6 +164,9 @@ class RasterToVector(nn.Module):
         pretrained: Load the released weights.
         **options: Of `vectorize`; where not given those of `CLOSE`, else its defaults.
 
+    Raises:
+        ValueError: An option is out of its range, see `vectorize`.
+
     Example:
         >>> import torch, timm_spot
         >>> svg, = timm_spot.RasterToVector()(torch.zeros(1, 3, 32, 32))
@@ -132,29 +176,31 @@ class RasterToVector(nn.Module):
 
     def __init__(self, pretrained: bool = True, **options: Any) -> None:
         super().__init__()
+        self.options = {**CLOSE, **options}
+        check_options(**self.options)
         self.tokenizer = HierarchicalTokenizer(hid_ch=8, cmp=0.01, compute_grad=True)
         if pretrained:
             self.tokenizer.load_authors(load_file(WEIGHTS))
-        self.options = {**CLOSE, **options}
         self.eval()
 
-    def forward(self, images: torch.Tensor) -> List[str]:
+    def forward(self, images: torch.Tensor) -> list[str]:
         return vectorize(images, self.tokenizer, **self.options)
 
 
-def read_picture(path: Path, max_side: Optional[int] = None) -> torch.Tensor:
-    """Read one picture as a normalised batch (1, 3, H, W), shrunk where its longer side exceeds `max_side`.
+def to_input(picture: Image.Image, max_side: int | None = None) -> torch.Tensor:
+    """A picture as a normalised batch (1, 3, H, W), shrunk where its longer side exceeds `max_side`."""
+    if max_side is not None and max(picture.size) > max_side:
+        picture = picture.copy()
+        picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    return IMAGENET(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None])
+
+
+def read_picture(path: Path, max_side: int | None = None) -> torch.Tensor:
+    """Read one picture, see `to_input`.
 
     Raises:
         ValueError: The file is no picture, or is damaged; names the file.
     """
     from .pictures.images import load_image
 
-    def transform(image: Image.Image) -> torch.Tensor:
-        if max_side is not None and max(image.size) > max_side:
-            image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-        return (pixels - mean) / std
-
-    return load_image(path, transform)
+    return load_image(path, lambda picture: to_input(picture, max_side))

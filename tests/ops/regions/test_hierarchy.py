@@ -1,8 +1,18 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from dht_golden import MAIN, load, make_tokenizer, same_partition
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from timm_spot.ops.regions.hierarchy import build_hierarchy
+
+
+def similarity(variances):
+    return torch.zeros(variances.shape[1])
 
 
 @pytest.mark.parametrize('name', MAIN)
@@ -57,3 +67,58 @@ def test_a_stopped_image_keeps_its_vertices():
     mine = together.levels[-1].image == 0
     torch.testing.assert_close(
         together.levels[-1].features[:, mine], alone.levels[-1].features, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize('shape, pieces', [
+    # One region where -(ln 5 + penalty of m pixels without variance) >= -sqrt(m): -2.34 and -2 at four pixels, -2.08
+    # and -2.24 at five.
+    ((1, 1), 1), ((1, 2), 2), ((1, 3), 3), ((2, 2), 4), ((1, 4), 4), ((1, 5), 1), ((5, 1), 1), ((1, 6), 1),
+    ((2, 3), 1)])
+def test_flat_images_of_a_few_pixels_by_hand(shape, pieces):
+    hierarchy = build_hierarchy(torch.zeros(1, 3, *shape), similarity)
+    assert hierarchy.levels == []
+    found = hierarchy.pieces
+    assert len(found.sizes) == pieces and found.sizes.sum() == math.prod(shape)
+    if pieces == 1:
+        assert found.segmentation.unique().tolist() == [0] and found.edges.shape == (2, 0)
+        assert found.boxes.flatten().tolist() == [0, 0, shape[0] - 1, shape[1] - 1]
+
+
+def test_a_rough_image_of_a_few_pixels_is_its_pixels():
+    rough = 1000. * torch.tensor([1., -1., 1., -1., 1.]).expand(1, 3, 1, 5)
+    found = build_hierarchy(rough, similarity).pieces
+    assert found.segmentation.flatten().tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(found.features, rough[0, :, 0])
+    # Beside a flat one, which is one region, in one batch.
+    found = build_hierarchy(torch.cat([torch.zeros_like(rough), rough]), similarity).pieces
+    assert found.segmentation.flatten().tolist() == [0] * 5 + [1, 2, 3, 4, 5]
+    assert found.image.tolist() == [0] + [1] * 5
+    assert found.edges.tolist() == [[1, 2, 3, 4], [2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize('limit', [dict(min_avg_region=64), dict(min_avg_region=10 ** 9), dict(max_levels=0)])
+def test_no_level_at_all(limit):
+    features = torch.zeros(2, 3, 8, 8, requires_grad=True)
+    hierarchy = build_hierarchy(features, similarity, **limit)
+    assert hierarchy.levels == [] and hierarchy.segmentations((2, 8, 8)) == []
+    assert hierarchy.pieces.segmentation.flatten(1).unique(dim=1).tolist() == [[0], [1]]
+    assert hierarchy.pieces.sizes.tolist() == [64, 64]
+    hierarchy.pieces.features.sum().backward()
+    assert torch.equal(features.grad, torch.full_like(features, 1 / 64))  # each piece has its image's mean
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(1, 6), st.integers(1, 6), st.integers(0, 40), st.integers(0, 3), st.sampled_from([1., 30., 1000.]),
+    st.integers(0, 99))
+def test_small_images_alone_and_in_a_batch(height, width, min_avg_region, max_levels, spread, seed):
+    features = spread * torch.randn(3, 2, height, width, generator=torch.Generator().manual_seed(seed))
+    features[1] = 0.
+    limits = dict(min_avg_region=min_avg_region, max_levels=max_levels)
+    together = build_hierarchy(features, similarity, **limits).pieces
+    for i in range(3):
+        alone = build_hierarchy(features[i:i + 1], similarity, **limits).pieces
+        segmentation = together.segmentation[i]
+        assert torch.equal(segmentation - segmentation.min(), alone.segmentation[0])
+        assert torch.equal(together.sizes[together.image == i], alone.sizes)
+        assert torch.equal(together.features[:, together.image == i], alone.features)

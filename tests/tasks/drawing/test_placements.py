@@ -1,6 +1,6 @@
 """Pictures of placements, and the golden images of all kinds.
 
-`python tests/test_draw.py` draws the golden images anew, to be looked at before a commit.
+`python tests/tasks/drawing/test_placements.py` draws the golden images anew, to be looked at before a commit.
 """
 from __future__ import annotations
 
@@ -75,12 +75,35 @@ def test_windows_lie_where_the_model_reads():
     np.testing.assert_allclose(spot.bounds, (60 - 16 / 3, 10 - 8 / 3, 32 / 3, 16 / 3))
 
 
+@pytest.mark.parametrize('convention, centre', [('patch', (59.5, 9.5)), ('spot', (60., 10.))])
+def test_a_dot_marks_the_centre_of_a_window(convention, centre):
+    ax = timm_spot.draw_placement(torch.zeros(3, 40, 80), torch.tensor([[0.25, 0.75]]), 8, convention=convention)
+    np.testing.assert_allclose(ax.collections[1].get_offsets(), [centre])
+
+
 def test_coverage_counts_pixels_once():
     image = torch.zeros(3, 40, 80)
     positions = torch.tensor([[0.1, 0.05], [0.1, 0.05], [0.9, 0.95], [0., 0.5]])
     # 8 x 8 pixels in two corners (one of them twice) and the lower half of a window across the upper edge.
     assert timm_spot.draw_placement(image, positions, 8).get_title() == f'4 tokens cover {(64 + 64 + 32) / 3200:.0%}'
     assert timm_spot.draw_seen(image, positions, 8).get_title() == '5% of the pixels'
+
+
+def test_what_a_stretched_window_covers():
+    # 40 x 80 pixels, a window of 16 under `spot`: 10.7 x 21.3 pixels around pixel (10, 60), rows 5..15, columns 50..70.
+    image, positions = torch.zeros(3, 40, 80), torch.tensor([[0.25, 0.75]])
+    assert timm_spot.draw_placement(image, positions, 16, convention='spot').get_title() == '1 tokens cover 7%'
+    ax = timm_spot.draw_seen(image, positions, 16, convention='spot')
+    shown = ax.images[0].get_array()[..., 3] == 1
+    inside = np.zeros((40, 80), bool)
+    inside[5:16, 50:71] = True
+    assert (shown == inside).all()
+    assert ax.get_title() == f'{11 * 21 / 3200:.0%} of the pixels' == '7% of the pixels'
+    # And under `patch`, 16 x 16 of them: rows 2..17, columns 52..67.
+    shown = timm_spot.draw_seen(image, positions, 16).images[0].get_array()[..., 3] == 1
+    inside[:] = False
+    inside[2:18, 52:68] = True
+    assert (shown == inside).all()
 
 
 def test_seen_shows_windows_and_nothing_else():
@@ -92,22 +115,6 @@ def test_seen_shows_windows_and_nothing_else():
     assert (seen[inside][:, 3] == 1).all() and (seen[~inside] == (0.5, 0.5, 0.5, 0.25)).all()
 
 
-def test_pruning_outlines_survivors_and_numbers_the_others_by_stage():
-    positions = timm_spot.sample_positions('isotropic', 4, (32, 32))[0]
-    kept = [torch.tensor([[0, 2, 3]]), torch.tensor([[2]])]
-    ax = timm_spot.draw_pruning(Image.new('RGB', (32, 32), 'white'), positions, kept, 16)
-    numbers = {tuple(text.get_position()): text.get_text() for text in ax.texts}
-    assert numbers == {(7.5, 7.5): '2', (23.5, 7.5): '1', (23.5, 23.5): '2'}
-    assert [p.get_xy() for p in ax.patches if not p.get_fill()] == [(-0.5, 15.5)]
-    shades = {p.get_xy(): p.get_alpha() for p in ax.patches if p.get_fill()}
-    assert shades[15.5, -0.5] > shades[-0.5, -0.5] == shades[15.5, 15.5] > 0
-    assert ax.get_title() == '4 → 3 → 1 tokens'
-    with pytest.raises(ValueError, match='kept is empty'):
-        timm_spot.draw_pruning(Image.new('RGB', (32, 32)), positions, [], 16)
-    with pytest.raises(ValueError, match='kept holds index 4, positions only 4 tokens'):
-        timm_spot.draw_pruning(Image.new('RGB', (32, 32)), positions, [torch.tensor([4])], 16)
-
-
 def test_priors_are_those_of_the_sampler():
     axes = timm_spot.draw_priors()
     assert [ax.get_title() for ax in axes.flat] == ['uniform', 'gaussian', 'sobol', 'isotropic', 'center', 'grid']
@@ -116,6 +123,25 @@ def test_priors_are_those_of_the_sampler():
     np.testing.assert_allclose(axes[1, 1].collections[1].get_offsets(), centre, rtol=1e-5)
     with pytest.raises(ValueError, match='exceeds the 2 x 2 patches'):
         timm_spot.draw_priors(torch.zeros(3, 32, 32))
+
+
+def test_every_prior_of_an_image_is_drawn_as_it_is_sampled():
+    image = torch.zeros(3, 48, 96)
+    image[:, 30:34, 70:76] = 1.  # a small bright thing, to the right below
+    axes = timm_spot.draw_priors(image, n_tokens=7, window=8)
+    panels = {ax.get_title(): ax for ax in axes.flat}
+    assert list(panels) == [
+        'uniform', 'gaussian', 'sobol', 'isotropic', 'center', 'grid', 'salient', 'salient_sobol', 'salient_inverse',
+        'spectral residual']
+    maps = timm_spot.spectral_residual(image[None])
+    np.testing.assert_allclose(panels.pop('spectral residual').images[0].get_array(), maps[0])
+    for name, ax in panels.items():
+        positions = timm_spot.sample_positions(
+            name, 7, (48, 96), saliency=maps, generator=torch.Generator().manual_seed(0), window=8)
+        centres = (positions[0] * torch.tensor([48, 96]) - 0.5).flip(-1)
+        np.testing.assert_allclose(ax.collections[1].get_offsets(), centres, rtol=1e-5, atol=1e-5)
+        windows = [path.get_extents() for path in ax.collections[0].get_paths()]
+        np.testing.assert_allclose([(w.width, w.height) for w in windows], [(8, 8)] * 7, rtol=1e-5)
 
 
 @pytest.mark.parametrize('width, height', [(64, 64), (640, 90), (90, 640), (17, 23)])
@@ -168,6 +194,10 @@ def test_wrong_positions_are_refused():
     image = torch.zeros(3, 32, 32)
     with pytest.raises(ValueError, match=r'shape \(N, 2\), one placement, got \(2, 9, 2\)'):
         timm_spot.draw_placement(image, torch.zeros(2, 9, 2), 8)
+    with pytest.raises(ValueError, match=r'positions of shape \(1, 2\) hold NaN'):
+        timm_spot.draw_seen(image, torch.tensor([[0.5, float('nan')]]), 8)
+    with pytest.raises(ValueError, match="convention='patches' is unknown"):
+        timm_spot.draw_placement(image, torch.zeros(1, 2), 8, convention='patches')
 
 
 if __name__ == '__main__':

@@ -17,8 +17,14 @@ from PIL import Image
 
 import timm_spot
 from timm_spot.cli import main
-from timm_spot.tasks.evaluation.results import KEY, read_rows
+from timm_spot.tasks.evaluation.plan import plan_rows
+from timm_spot.tasks.evaluation.request import Knn, Request
+from timm_spot.tasks.evaluation.rows import KEY
+from timm_spot.tasks.evaluation.run import Run, open_folder
+from timm_spot.tasks.evaluation.run import evaluate as compute
+from timm_spot.tasks.pictures.datasets import Pictures
 from timm_spot.tasks.pictures.images import model_transform
+from timm_spot.tasks.processes import Processes
 from timm_spot.tasks.publishing.hub import add_results
 
 ROOT = Path(__file__).parents[3]
@@ -106,7 +112,7 @@ def test_a_line_cut_off_by_a_kill_is_computed_again(folder, saved, tmp_path):
     file.write_text(whole[:-30])
     evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS)
     assert file.read_text() == whole
-    assert len(read_rows(tmp_path / 'out' / 'speed.csv')) == 5  # the last one twice, the later one counts
+    assert (tmp_path / 'out' / 'speed.csv').read_text().count('\n') == 6  # the last one twice: the later one counts
 
 
 KNN = 5
@@ -204,19 +210,6 @@ def test_scorers_and_keep_rates_agree_with_a_count_of_our_own(folder, saved_vit,
     assert '| scorer | keep 1.0: top-1 | keep 0.5: top-1 |' in table and '| relevance, 64 as it is |' in table
 
 
-@pytest.mark.parametrize('scorers, model', [
-    ('relevance,cls-attention,random', 'relevance_spot_vit_pico_patch8_64'),
-    ('random', 'spot_vit_pico_patch8_64'),
-])
-def test_the_default_model_has_the_scorer(tmp_path, monkeypatch, scorers, model):
-    def stop(name):
-        raise ValueError(f'asked for {name}')
-
-    monkeypatch.setattr('timm_spot.cli.evaluate.create_any_model', stop)
-    result = CliRunner().invoke(main, ['evaluate', '--scorers', scorers, '--out', str(tmp_path)])
-    assert f'asked for {model}\n' in result.output
-
-
 def test_placed_tokens_are_dropped(folder, saved, tmp_path):
     scorers = ('--scorers', 'received-attention', '--keep-rates', '1,0.5')
     result = evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS, *scorers)
@@ -274,35 +267,105 @@ def test_a_model_without_classifier_has_neighbours_only(folder, tmp_path):
         ('', '100.0000')}
 
 
-@pytest.mark.parametrize('arguments, says', [
-    (['--budgets', '9,x'], 'is no list of numbers'),
-    (['--baselines', 'drop'], "unknown 'drop'"),
-    (['--baselines', 'low-res', '--budgets', '24'], 'n_tokens=24 is no patch grid'),
-    (['--budgets', '9,100'], "n_tokens=100 exceeds the 8 x 8 patches that sampler 'grid' finds"),
-    (['--samplers', 'isotopic'], "did you mean 'isotropic'"),
-    (['--model', 'resnet1'], 'unknown model resnet1'),
-    (['--saliency', 'nowhere'], "saliency='nowhere'"),
-    (['--scorers', 'norm,cls'], "scorers=norm,cls has the unknown 'cls': relevance, random, norm"),
-    (['--scorers', 'norm', '--keep-rates', '0.5,0'], 'keep_rate=0.0 must be greater than 0 and at most 1'),
-    (['--scorers', 'norm', '--keep-rates', '0.5,half'], 'is no list of numbers'),
-    (['--scorers', 'relevance'], "'relevance' needs trained predictors"),
-    (['--keep-rates', '0.5'], 'keep_rates=0.5 need scorers'),
-])
-def test_errors_come_before_any_work(folder, saved, tmp_path, arguments, says):
-    result = evaluate(folder, saved, tmp_path / 'out', *arguments)
-    assert result.exit_code != 0 and says in result.output, result.output
-    assert not (tmp_path / 'out' / 'decoded').exists()
-
-
-def test_a_folder_that_cannot_be_written(folder, saved, tmp_path):
-    (tmp_path / 'file').write_text('')
-    result = evaluate(folder, saved, tmp_path / 'file' / 'out')
-    assert result.exit_code == 1 and 'file' in result.output and 'Traceback' not in result.output
-
-
 def test_the_key_says_it_all(folder, saved, tmp_path):
     evaluate(folder, saved, tmp_path / 'out', '--samplers', 'grid', '--budgets', '4')
     row, = rows(tmp_path / 'out')
     assert list(row)[:len(KEY)] == list(KEY)
     result = evaluate(folder, saved, tmp_path / 'out', '--samplers', 'grid', '--budgets', '4', '--amp', 'bfloat16')
     assert '1 rows computed, 0 found' in result.output
+
+
+ONE = ('--samplers', 'grid', '--budgets', '4')
+ALONE = Processes(0, 1, torch.device('cpu'))
+
+
+def test_a_second_run_into_a_folder_is_refused_and_told_who_holds_it(folder, saved, tmp_path):
+    with open_folder(tmp_path / 'out', ALONE):
+        (tmp_path / 'out' / 'decoded').mkdir()
+        result = evaluate(folder, saved, tmp_path / 'out', *ONE)
+        assert result.exit_code == 1 and 'another run writes to' in result.output
+        assert f'process {os.getpid()} on' in result.output
+        assert (tmp_path / 'out' / 'decoded').exists() and not (tmp_path / 'out' / 'results.csv').exists()
+    assert evaluate(folder, saved, tmp_path / 'out', *ONE).exit_code == 0
+
+
+def test_what_killed_runs_left_goes_at_the_next_run(folder, saved, tmp_path):
+    out = tmp_path / 'out'
+    evaluate(folder, saved, out, *ONE)
+    files = sorted(path.name for path in out.iterdir())
+    (out / 'decoded' / '0123').mkdir(parents=True)
+    (out / '.results.99.tmp.md').write_text('half of a')
+    result = evaluate(folder, saved, out, *ONE)
+    assert '0 rows computed, 1 found' in result.output
+    assert sorted(path.name for path in out.iterdir()) == files
+    assert files == ['report.html', 'results.csv', 'results.md', 'speed.csv']
+
+
+def test_a_run_that_fails_keeps_what_it_decoded(folder, saved, tmp_path):
+    (folder / '9' / '2.png').write_text('no picture')
+    result = evaluate(folder, saved, tmp_path / 'out', *ONE, '--batch-size', '7')
+    assert result.exit_code == 1 and '9/2.png' in result.output
+    assert list((tmp_path / 'out' / 'decoded').rglob('*.safetensors'))
+
+
+def test_a_torn_speed_is_named_and_its_row_still_reported(folder, saved, tmp_path):
+    out = tmp_path / 'out'
+    evaluate(folder, saved, out, *ARGUMENTS)
+    lines = (out / 'speed.csv').read_text().splitlines(keepends=True)
+    (out / 'speed.csv').write_text(''.join(lines[:2]) + lines[2][:20])
+    result = evaluate(folder, saved, out, *ARGUMENTS)
+    assert result.exit_code == 0 and '0 rows computed, 4 found' in result.output, result.output
+    assert 'speed.csv, line 3, was left unfinished' in result.output
+    assert 'speed.csv lacks 3 of 4 rows' in result.output
+    assert len((out / 'speed.csv').read_text().splitlines()) == 2
+
+
+def test_results_of_version_0_1_are_continued(folder, saved, tmp_path):
+    out = tmp_path / 'out'
+    evaluate(folder, saved, out, *ARGUMENTS)
+    for name in ('results.csv', 'speed.csv'):  # as version 0.1 wrote them
+        found = list(csv.DictReader((out / name).read_text().splitlines()))
+        old = [{k: v for k, v in row.items() if k not in ('kind', 'settings')} for row in found]
+        with (out / name).open('w', newline='') as file:
+            writer = csv.DictWriter(file, old[0], lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(old)
+    result = evaluate(folder, saved, out, *ARGUMENTS, '--samplers', 'grid,center')
+    assert '2 rows computed, 2 found' in result.output, result.output
+    assert [row['kind'] for row in rows(out)] == ['sampler'] * 6
+    assert [bool(row['settings']) for row in rows(out)] == [False] * 4 + [True] * 2
+
+
+def test_the_head_runs_once_for_each_picture(folder, tmp_path, pico):
+    train = Pictures(str(folder))
+    planned = plan_rows({'pico': pico}, train, Request(
+        samplers=('grid',), budgets=(4,), knn=Knn(train, k=1)))
+    seen = []
+    pico.head.register_forward_hook(lambda module, given, logits: seen.append(len(logits)))
+    with open_folder(tmp_path / 'out', ALONE):
+        compute(planned, train, Run(tmp_path / 'out', ALONE, Knn(train, k=1), batch_size=10))
+    assert sorted(seen) == [1, 10, 10, 10]  # the one by which operations are counted; none for the bank
+
+
+def test_shared_models_stay_as_they_are(folder, tmp_path, pico):
+    sparse = timm_spot.sparsify(pico, 0.6, scorer='norm').eval()
+    torch.manual_seed(0)
+    dht = timm.create_model('dht_vit_pico_patch8_64', embed_dim=32, depth=1, n_tokens=7).eval()
+    data = Pictures(str(folder))
+    planned = plan_rows({'sparse': sparse, 'dht': dht}, data, Request(
+        samplers=('grid',), budgets=(4, 9)))
+    with open_folder(tmp_path / 'out', ALONE):
+        compute(planned, data, Run(tmp_path / 'out', ALONE))
+    assert (sparse.keep_rate, sparse.scorer, dht.n_tokens) == (0.6, 'norm', 7)
+    scored = plan_rows({'sparse': sparse}, data, Request(
+        samplers=('grid',), budgets=(9,), scorers=('random',), keep_rates=(0.5,), seeds=(3, 4)))
+    one, two = (scored[0].model_at(seed) for seed in (3, 4))
+    assert (one.scorer_seed, two.scorer_seed, one.keep_rate) == (3, 4, 0.5)
+    assert one.head.weight is two.head.weight
+
+
+def test_no_picture_that_can_be_read(folder, saved, tmp_path):
+    for file in folder.rglob('*.png'):
+        file.write_text('no picture')
+    result = evaluate(folder, saved, tmp_path / 'out', *ONE, '--skip-broken')
+    assert result.exit_code == 1 and 'can be read' in result.output and 'Traceback' not in result.output

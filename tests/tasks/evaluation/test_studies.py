@@ -3,15 +3,18 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from click.testing import CliRunner
 from conftest import SMALL
+from PIL import Image
 
-from timm_spot.cli import main
 from timm_spot.tasks.evaluation import studies
-from timm_spot.tasks.evaluation.studies import Comparison, permutation_test, saliency_percentiles
+from timm_spot.tasks.evaluation.comparisons import format_study
+from timm_spot.tasks.evaluation.studies import STUDIES, register_study, run_study
+from timm_spot.tasks.evaluation.study_pictures import open_study_pictures
+
+SEARCH = dict(steps=1, lr=1e-2, record=False)
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def models():
     """Two small models with random weights."""
     made = {}
@@ -21,16 +24,18 @@ def models():
     return made
 
 
+@pytest.fixture(scope='module')
+def canvases():
+    return open_study_pictures('digits', 12)
+
+
 @pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setattr(studies, 'BUDGETS', (4, 9))
-    monkeypatch.setattr(studies, '_SEARCH', dict(steps=1, lr=1e-2, record=False))
-    return studies.draw_study_canvases(12)
-
-
-def test_percentiles_by_hand():
-    maps = torch.tensor([[[0.1, 0.2], [0.3, 0.4]], [[0.5, 0.5], [0.5, 0.5]]])
-    assert saliency_percentiles(maps).tolist() == [[[12.5, 37.5], [62.5, 87.5]], [[50., 50.], [50., 50.]]]
+def folder(tmp_path):
+    for label in range(10):
+        (tmp_path / 'data' / str(label)).mkdir(parents=True)
+        for i in range(2):
+            Image.effect_noise((80, 70), 20 + 9 * label).save(tmp_path / 'data' / str(label) / f'{i}.png')
+    return tmp_path / 'data'
 
 
 def test_percentile_under_a_token():
@@ -39,49 +44,78 @@ def test_percentile_under_a_token():
     assert studies._under(percentiles, positions).item() == pytest.approx((20 + 30 + 40) / 300)
 
 
-def test_permutation_test():
-    assert permutation_test(torch.ones(20)) == pytest.approx(1e-4, abs=2e-4)
-    assert permutation_test(torch.tensor([1., -1.] * 10)) == 1.
-    # All signs of (1, 2, 3): only +++ and --- reach the observed mean, 2 of 8.
-    assert permutation_test(torch.tensor([1., 2., 3.])) == pytest.approx(0.25, abs=0.02)
-
-
-def test_a_comparison_says_what_is_larger():
-    assert Comparison('m', 'a - b', 9, 2., 1.).finding == 'a'
-    assert Comparison('m', 'a - b', 9, -2., 1.).finding == 'b'
-    assert Comparison('m', 'a - b', 9, 1., 1.).finding == 'neither'
-
-
-def test_difference_and_interval_by_hand():
-    scores = {'a': torch.tensor([1, 1, 1, 0]), 'b': torch.tensor([0, 0, 1, 0])}
-    found = studies._compare('m', 'a - b', 9, scores)
-    assert found.difference == 50.
-    assert found.interval == pytest.approx(100 * 1.96 * (1 / 3) ** 0.5 / 2)
-
-
 @pytest.mark.parametrize('name, count', [('grids', 4), ('priors', 4), ('saliency', 1), ('transfer', 2)])
-def test_every_study_compares_each_model_at_each_budget(models, small, tmp_path, name, count):
-    found = studies.STUDIES[name](models, small, tmp_path)
+def test_every_study_compares_each_model_at_each_budget(models, canvases, tmp_path, name, count):
+    found = run_study(name, models, canvases, (4, 9), tmp_path, SEARCH)
     assert len(found) == count * 2 * 2
     assert {(c.model, c.n_tokens) for c in found} == {(m, n) for m in models for n in (4, 9)}
     assert all(c.interval >= 0 for c in found)
-    assert len(studies.format_study(found).splitlines()) == len(found) + 2
+    assert len(format_study(found).splitlines()) == len(found) + 2
 
 
-def test_a_model_transfers_to_itself(models, small, tmp_path):
+def test_a_search_is_kept_by_what_determines_it(models, canvases, tmp_path):
+    one = {'one': models['seed 0']}
+    run_study('saliency', one, canvases, (4,), tmp_path, SEARCH)
+    kept, = tmp_path.iterdir()
+    before = kept.stat().st_mtime_ns
+    run_study('saliency', one, canvases, (4,), tmp_path, SEARCH)
+    assert kept.stat().st_mtime_ns == before and len(list(tmp_path.iterdir())) == 1
+    run_study('saliency', one, canvases, (4,), tmp_path, dict(SEARCH, lr=1e-3))
+    run_study('saliency', one, open_study_pictures('digits', 11), (4,), tmp_path, SEARCH)
+    run_study('saliency', {'other': models['seed 1']}, canvases, (4,), tmp_path, SEARCH)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_model_transfers_to_itself(models, canvases, tmp_path):
     one = models['seed 0']
-    found = studies.study_transfer({'one': one, 'twin': one}, small, tmp_path)
+    found = run_study('transfer', {'one': one, 'twin': one}, canvases, (4,), tmp_path, SEARCH)
     assert {c.difference for c in found if c.what == "own oracle - other's oracle"} == {0.}
 
 
-def test_transfer_needs_two_models(models, small, tmp_path):
-    with pytest.raises(ValueError, match='needs a second, independently trained model'):
-        studies.study_transfer({'one': models['seed 0']}, small, tmp_path)
+def test_a_folder_of_pictures(models, folder, tmp_path):
+    pictures = open_study_pictures(str(folder), 10)
+    assert pictures.labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]  # spread over the folder, not its first ones
+    assert pictures.images(models['seed 0']).shape == (10, 3, 64, 64)
+    found = run_study('grids', {'one': models['seed 0']}, pictures, (4,), tmp_path / 'out', SEARCH)
+    assert len(found) == 4 and all(-100 <= c.difference <= 100 for c in found)
 
 
-def test_command(small, tmp_path):
-    result = CliRunner().invoke(main, ['study', 'saliency', '--images', '5', '--out', str(tmp_path / 'out')])
-    assert result.exit_code == 0, result.output
-    assert '| shipped | after - before | 4 |' in result.output
-    assert (tmp_path / 'out' / 'saliency.md').read_text() == result.output
-    assert (tmp_path / 'out' / 'saliency.png').stat().st_size > 0
+def test_a_study_of_ones_own_is_one_function(models, canvases, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, 'STUDIES', dict(STUDIES))
+
+    @register_study('spread')
+    def study_spread(trials):
+        return [
+            trial.compare('isotropic - center', n, {
+                name: trial.correct(trial.placed(name, n)) for name in ('isotropic', 'center')})
+            for trial in trials for n in trial.budgets]
+
+    one, = run_study('spread', {'one': models['seed 0']}, canvases, (9,), tmp_path)
+    images, model = canvases.images(models['seed 0']), models['seed 0']
+    rights = []
+    for sampler in ('isotropic', 'center'):
+        model.set_placement(n_tokens=9, sampler=sampler)
+        with torch.inference_mode():
+            rights.append((model(images).argmax(dim=1) == canvases.labels).double())
+    assert one.difference == pytest.approx(100 * (rights[0] - rights[1]).mean().item())
+    with pytest.raises(ValueError, match="name='spread' is already a study"):
+        register_study('spread')
+
+
+@pytest.mark.parametrize('name, budgets, says', [
+    ('transfer', (4,), 'needs a second, independently trained model'),
+    ('grid', (4,), "name='grid' is no study \\(did you mean 'grids'\\?\\): grids, priors, saliency, transfer"),
+    ('grids', (65,), 'n_tokens=65 exceeds the 8 x 8 patches'),
+    ('grids', (0,), 'n_tokens=0'),
+])
+def test_errors(models, canvases, tmp_path, name, budgets, says):
+    with pytest.raises(ValueError, match=says):
+        run_study(name, {'one': models['seed 0']}, canvases, budgets, tmp_path / 'out', SEARCH)
+
+
+def test_a_model_with_other_classes_is_refused(canvases, folder, tmp_path):
+    model = timm.create_model('spot_vit_pico_patch8_64', num_classes=3, **SMALL).eval()
+    with pytest.raises(ValueError, match='labels reach up to 9, three has 3 classes'):
+        run_study('priors', {'three': model}, canvases, (4,), tmp_path / 'out', SEARCH)
+    with pytest.raises(ValueError, match='has 10 classes, the model 3'):
+        run_study('priors', {'three': model}, open_study_pictures(str(folder), 10), (4,), tmp_path / 'out', SEARCH)

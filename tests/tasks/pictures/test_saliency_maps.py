@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from picture_files import BAD
+from PIL import ExifTags, Image
 from scipy.stats import chisquare
 from timm.data import create_transform
 
 import timm_spot
 from timm_spot.models.attention_saliency import attention_saliency
+from timm_spot.models.placement import Placer
 from timm_spot.ops import spectral_residual
+from timm_spot.tasks.pictures.images import model_transform
 from timm_spot.tasks.pictures.saliency_maps import choose_prior, load_saliency, saliency_source
+from timm_spot.tasks.search.draws import draw_placements
 
 PICO = 'spot_vit_pico_patch8_64'
 PRIORS = ('salient', 'salient_sobol', 'salient_inverse')
@@ -247,6 +252,30 @@ def test_a_model_places_its_tokens_by_saliency():
     assert model(images).shape == (2, 10)
 
 
+@pytest.mark.parametrize('prior', PRIORS)
+def test_the_seed_reaches_the_salient_priors_in_eval_mode(prior):
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    placements = []
+    for seed in (0, 1, 0):
+        model = timm.create_model(PICO, n_tokens=9, sampler=prior, saliency='spectral_residual', seed=seed).eval()
+        placements.append(model.place(images))
+    assert torch.equal(placements[0], placements[2]) and not (placements[0] == placements[1]).any()
+
+
+@pytest.mark.parametrize('prior', PRIORS)
+def test_the_seed_reaches_the_salient_priors_of_an_evaluation(prior):
+    """Each image draws by the seed and its own number in the data set."""
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1, -1)
+    model, maps = timm.create_model(PICO).eval(), squares().expand(2, -1, -1)
+    drawn = {
+        (seed, first): draw_placements(model, images, prior, 9, maps, torch.tensor([first, first + 1]), seed)
+        for seed in (0, 1) for first in (0, 5)}
+    distinct = torch.cat(list(drawn.values()))
+    assert len(distinct.flatten(1).unique(dim=0)) == 8
+    again = draw_placements(model, images, prior, 9, maps, torch.tensor([1, 6]), 1)
+    torch.testing.assert_close(again, torch.stack([drawn[1, 0][1], drawn[1, 5][1]]))
+
+
 def test_a_saved_model_keeps_the_name_of_its_saliency(tmp_path):
     model = timm.create_model(PICO, n_tokens=9, num_classes=10).eval()
     model.set_placement(sampler='salient_sobol', saliency='spectral_residual')
@@ -433,6 +462,57 @@ def test_a_wrong_map_on_disk_is_named(photos, values, match):
         load_saliency(photos[0].parent.parent / 'maps', photos, create_transform((3, 48, 48)))
 
 
+def test_maps_of_a_turned_photograph_lie_upright(photos):
+    """The map belongs to the picture as it is seen: 60 wide and 80 high, its spot where the map has it."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new('RGB', (80, 60)).save(photos[0], exif=exif)
+    spot = np.zeros((80, 60), np.uint8)
+    spot[60:70, 10:20] = 200
+    write_image(photos[0].parent.parent / 'maps' / 'a.png', spot)
+    transform = create_transform((3, 48, 48), crop_pct=1., crop_mode='center', mean=(.5,) * 3, std=(.5,) * 3)
+    saliency, = load_saliency(photos[0].parent.parent / 'maps', photos[:1], transform)
+    pixel = (torch.arange(48) + 0.5) / 48
+    # Of 60 x 60 pixels in the middle, the spot's centre is at row 65 - 10 and column 15.
+    torch.testing.assert_close((saliency.sum(dim=1) * pixel).sum(), torch.tensor(55 / 60), rtol=0, atol=0.02)
+    torch.testing.assert_close((saliency.sum(dim=0) * pixel).sum(), torch.tensor(15 / 60), rtol=0, atol=0.02)
+
+
+def test_maps_for_a_grey_model_are_no_colours(photos):
+    model = timm.create_model(PICO, in_chans=1)
+    values = np.load(photos[1].parent.parent / 'maps' / 'b.npy')
+    np.save(photos[1].parent.parent / 'maps' / 'b.npy', values / 1000)  # at most 0.2, which in bytes would be 0
+    saliency = load_saliency(photos[0].parent.parent / 'maps', photos, model_transform(model))
+    torch.testing.assert_close(saliency[0], saliency[1].flip(0), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('make, says', [
+    (lambda path: path.write_bytes(b''), 'a.npy is no array'),
+    (lambda path: os.mkfifo(path), 'a.npy is no array'),
+    (lambda path: path.write_bytes(b'\x93NUMPY\x01\x00v\x00{'), 'a.npy is no array'),
+    (lambda path: path.write_bytes(b'PK\x03\x04'), 'a.npy is no array'),  # as np.savez begins
+    (lambda path: np.save(path, np.array([['a', 'b']])), 'expected numbers'),
+])
+def test_a_damaged_array_of_saliency_is_named(photos, make, says):
+    maps = photos[0].parent.parent / 'maps'
+    (maps / 'a.png').unlink()
+    make(maps / 'a.npy')
+    with pytest.raises(ValueError, match=says):
+        load_saliency(maps, photos[:1], create_transform((3, 48, 48)))
+
+
+@pytest.mark.parametrize('make', list(BAD), ids=lambda make: make.__name__)
+def test_a_bad_picture_of_saliency_is_named(photos, make):
+    maps = photos[0].parent.parent / 'maps'
+    (maps / 'a.png').unlink()
+    make(maps / 'a.png')
+    if make.__name__ == 'signed':  # as a map it may have any range
+        assert load_saliency(maps, photos[:1], create_transform((3, 48, 48))).shape == (1, 48, 48)
+        return
+    with pytest.raises(ValueError, match=rf'a\.png .*({BAD[make]})'):
+        load_saliency(maps, photos[:1], create_transform((3, 48, 48)))
+
+
 def test_two_maps_of_one_image_are_refused(photos):
     np.save(photos[0].parent.parent / 'maps' / 'a.npy', np.ones((60, 80)))
     with pytest.raises(ValueError, match=r'a\.png has several saliency maps: .*a\.npy, .*a\.png'):
@@ -475,7 +555,8 @@ def test_prior_of_the_command_line(photos):
     for sampler, saliency, keywords in (
             (None, 'spectral', {}), ('salient', None, {}), (None, None, own), ('salient', 'spectral', own)):
         name, positions = place(sampler, saliency, keywords)
-        assert name == 'salient' and torch.equal(positions, spectral)
+        assert name == 'salient'
+        torch.testing.assert_close(positions, spectral, rtol=0, atol=1e-6)  # maps of one or of two passes
 
     name, (first, second) = place('salient_sobol', str(photos[0].parent.parent / 'maps'))
     assert name == 'salient_sobol'
@@ -485,3 +566,22 @@ def test_prior_of_the_command_line(photos):
         place('sobol', 'spectral')
     with pytest.raises(ValueError, match="'sobel' is unknown"):
         place('sobel', None)
+
+
+def test_a_placer_that_looks_for_itself_takes_no_prior(photos, monkeypatch):
+    model = timm.create_model(PICO, n_tokens=4).eval()
+    positions = torch.rand(1, 4, 2)
+
+    class Corner(Placer):
+        name = 'corner'
+
+        def forward(self, images):
+            return positions.expand(len(images), -1, -1)
+
+    model.placer = Corner(model.placer.train_prior, model.placer.eval_prior).eval()
+    images = torch.rand(2, 3, 64, 64)
+    choose_prior(model, None, None, None)(images, photos)
+    assert torch.equal(model.place(images)[0], positions[0])
+    for asked in (dict(sampler='sobol', saliency=None), dict(sampler=None, saliency='spectral')):
+        with pytest.raises(ValueError, match="are of no use: placer 'corner' places tokens"):
+            choose_prior(model, transform=None, **asked)

@@ -4,7 +4,7 @@ Paper: `Differentiable Hierarchical Visual Tokenization` (dHT) - https://arxiv.o
 """
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 
@@ -39,7 +39,7 @@ def merge_to_budget(
         strict: bool = False,
         boost: float = 1.,
         random: bool = False,
-        generator: Optional[torch.Generator] = None,
+        generator: torch.Generator | None = None,
 ) -> Tokens:
     """Merge pieces with the neighbours of most similar colour until about `target` tokens of an image remain.
 
@@ -79,7 +79,7 @@ def _merge_once(
         target: int,
         boost: float,
         random: bool,
-        generator: Optional[torch.Generator],
+        generator: torch.Generator | None,
 ) -> Tokens:
     n = len(tokens.sizes)
     ids = torch.arange(n, device=tokens.sizes.device)
@@ -110,7 +110,7 @@ def _choose_keepers(
         counts: torch.Tensor,
         target: int,
         random: bool,
-        generator: Optional[torch.Generator],
+        generator: torch.Generator | None,
 ) -> torch.Tensor:
     """Mask (n,): `target` of each image, all where it has no more."""
     rank = tokens.sizes

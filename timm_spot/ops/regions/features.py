@@ -1,10 +1,10 @@
 """What a token tells of its region: the mean-injected image in its box, a soft mask, where it lies, its gradients.
 
 Paper: `Differentiable Hierarchical Visual Tokenization` (dHT) - https://arxiv.org/abs/2511.02652
+
+A cell is one of the side x side of a histogram, of places or of gradients.
 """
 from __future__ import annotations
-
-from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ def scharr_gradient(images: torch.Tensor) -> torch.Tensor:
     return torch.cat([dy, dx], dim=1) / 32.
 
 
-def _read_axis(low: torch.Tensor, high: torch.Tensor, side: int, dtype: torch.dtype) -> Tuple[torch.Tensor, ...]:
+def _read_axis(low: torch.Tensor, high: torch.Tensor, side: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Lower and upper neighbour (N, side) of samples from the first to the last pixel, and the upper one's weight."""
     steps = torch.arange(side, device=low.device, dtype=dtype) / max(side - 1, 1)
     at = low[:, None] + steps * (high - low)[:, None]
@@ -66,7 +66,7 @@ def region_windows(
         boxes: torch.Tensor,
         image: torch.Tensor,
         side: int,
-) -> Tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Each region's bounding box, resampled to side x side by bilinear interpolation, and its soft mask.
 
     Args:
@@ -105,7 +105,7 @@ def position_histogram(
         segmentation: torch.Tensor,
         sizes: torch.Tensor,
         side: int,
-        scale: Optional[int] = None,
+        scale: int | None = None,
         dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Where a region lies: the share of its pixels in each of side x side cells of the image.
@@ -147,7 +147,7 @@ def _histogram(cell: torch.Tensor, sizes: torch.Tensor, side: int, scale: float,
     return count.to(dtype) / (sizes.to(dtype) * (scale / 32.) ** 2)[:, None, None]
 
 
-def box_histogram(positions: torch.Tensor, sides: Tuple[float, float], cells: int, scale: int) -> torch.Tensor:
+def box_histogram(positions: torch.Tensor, sides: tuple[float, float], cells: int, scale: int) -> torch.Tensor:
     """Position histograms (N, cells * cells) of boxes around positions (N, 2), all as fractions of the image."""
     edges = torch.linspace(0., 1., cells + 1, dtype=positions.dtype, device=positions.device)
     shares = []

@@ -8,8 +8,6 @@ vertices lie channels first, (C, n): sums over regions are then several times fa
 """
 from __future__ import annotations
 
-from typing import Optional, Tuple
-
 import torch
 import torch.nn.functional as F
 
@@ -34,7 +32,7 @@ def sum_channels(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def number_groups(group: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def number_groups(group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Number groups by their smallest member.
 
     Args:
@@ -148,7 +146,7 @@ def merge_boxes(boxes: torch.Tensor, group: torch.Tensor, n: int) -> torch.Tenso
         low.scatter_reduce_(1, group, boxes[:2], 'amin'), high.scatter_reduce_(1, group, boxes[2:], 'amax')])
 
 
-def pixel_boxes(batch_size: int, height: int, width: int, device: Optional[torch.device] = None) -> torch.Tensor:
+def pixel_boxes(batch_size: int, height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
     """Box (4, B * H * W) of every pixel."""
     y = torch.arange(height, device=device)[:, None].expand(batch_size, height, width).reshape(-1)
     x = torch.arange(width, device=device).expand(batch_size, height, width).reshape(-1)
@@ -160,7 +158,7 @@ def compactness(sizes: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     return 4. * sizes / (boxes[2] - boxes[0] + boxes[3] - boxes[1] + 2).square()
 
 
-def pixel_choice(features: torch.Tensor, cmp: float) -> Tuple[torch.Tensor, torch.Tensor]:
+def pixel_choice(features: torch.Tensor, cmp: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Best neighbour of every pixel on the grid of 4-neighbours.
 
     Potential of an edge: (1 - cmp) * exp(-||f_u - f_v||^2) + cmp * compactness of the pair. The largest wins, of equal
@@ -196,8 +194,8 @@ def edge_potential(
         values: torch.Tensor,
         edges: torch.Tensor,
         cmp: float = 0.,
-        sizes: Optional[torch.Tensor] = None,
-        boxes: Optional[torch.Tensor] = None,
+        sizes: torch.Tensor | None = None,
+        boxes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Potential (E,) of edges: (1 - cmp) * exp(-||f_u - f_v||^2) + cmp * compactness of both ends together.
 
@@ -243,11 +241,11 @@ def best_potential(edges: torch.Tensor, potential: torch.Tensor, own: torch.Tens
 
 def contract(
         features: torch.Tensor,
-        variances: Optional[torch.Tensor],
+        variances: torch.Tensor | None,
         weight: torch.Tensor,
         group: torch.Tensor,
         n: int,
-) -> Tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted means and variances over n groups of vertices.
 
     Args:

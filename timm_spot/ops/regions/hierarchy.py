@@ -5,7 +5,10 @@ Paper: `Differentiable Hierarchical Visual Tokenization` (dHT) - https://arxiv.o
 from __future__ import annotations
 
 import math
-from typing import Callable, List, NamedTuple, Optional, Tuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +26,7 @@ from .graph import (
     number_groups,
     pixel_boxes,
     pixel_choice,
+    sum_groups,
     unique_edges,
 )
 
@@ -50,6 +54,15 @@ class Pieces(NamedTuple):
     edges: torch.Tensor  # (2, E) between neighbours
 
 
+class _Vertices(NamedTuple):
+    """The vertices of a level, or the pixels that the first one joins; of all images together."""
+    features: torch.Tensor  # (C, n)
+    variances: torch.Tensor | None  # (C, n); None for pixels, which have none
+    sizes: torch.Tensor  # (n,)
+    boxes: torch.Tensor  # (4, n)
+    image: torch.Tensor  # (n,)
+
+
 class _Selection:
     """The best regions so far: for each its current vertex, its criterion, and the level and vertex it is.
 
@@ -66,16 +79,34 @@ class _Selection:
         self.label = self.owner  # of each pixel, or of each vertex of level 1
         self.on_level_1 = False
 
-    def update(self, level: int, parent: torch.Tensor, criterion: torch.Tensor) -> torch.Tensor:
-        """Let regions that are no better give way to the vertex they lie in; returns which of them did."""
+    def update(
+            self,
+            level: int,
+            parent: torch.Tensor,
+            criterion: torch.Tensor,
+            image: torch.Tensor,
+    ) -> torch.Tensor:
+        """Let regions that are no better give way to the vertex they lie in.
+
+        Args:
+            level: Number of the level, from 1.
+            parent: Its vertex that each vertex of the one below became part of.
+            criterion: Of its vertices.
+            image: Of the vertices of the level below.
+
+        Returns:
+            The image of each region that gave way.
+        """
+        moved_in = image.index_select(0, self.owner)
         owner = parent.index_select(0, self.owner)
         give_way = self.criterion <= criterion.index_select(0, owner)
+        moved_in = moved_in[give_way]
         if level == 1 and bool(give_way.all()):
             n = len(criterion)
             self.owner = self.vertex = self.label = torch.arange(n, device=owner.device)
             self.criterion, self.level = criterion, torch.ones_like(self.owner)
             self.on_level_1 = True
-            return give_way
+            return moved_in
         stay = ~give_way
         won = torch.zeros(len(criterion), dtype=torch.bool, device=owner.device).index_fill_(0, owner[give_way], True)
         stay_id = stay.cumsum(0) - 1
@@ -86,7 +117,28 @@ class _Selection:
         self.criterion = torch.cat([self.criterion[stay], criterion[won]])
         self.level = torch.cat([self.level[stay], torch.full_like(won, level)])
         self.vertex = torch.cat([self.vertex[stay], won])
-        return give_way
+        return moved_in
+
+
+class _Running:
+    """Which images still merge: each stops at `min_avg_region` vertices, or when none of its regions gives way."""
+
+    def __init__(self, batch_size: int, pixels: int, min_avg_region: int) -> None:
+        self.batch_size = batch_size
+        self.min_avg_region = min_avg_region
+        self.stopped = [pixels <= min_avg_region] * batch_size
+
+    def frozen(self, image: torch.Tensor) -> torch.Tensor | None:
+        """Mask (n,) of the vertices that stay as they are; None where all go on."""
+        return torch.tensor(self.stopped, device=image.device)[image] if any(self.stopped) else None
+
+    def update(self, image: torch.Tensor, moved_in: torch.Tensor, is_first: bool) -> None:
+        """Look at the vertices (n,) of a new level and at the regions that gave way to it, by their image."""
+        counts, moved = torch.stack([
+            torch.bincount(index, minlength=self.batch_size) for index in (image, moved_in)]).tolist()
+        self.stopped = [
+            stop or n <= self.min_avg_region or not (is_first or any_moved)
+            for stop, n, any_moved in zip(self.stopped, counts, moved)]
 
 
 class Hierarchy(NamedTuple):
@@ -94,13 +146,13 @@ class Hierarchy(NamedTuple):
 
     `whole` is the candidate that takes each image for one region.
     """
-    levels: List[Level]
+    levels: list[Level]
     whole: Level
     pieces: Pieces
 
-    def segmentations(self, shape: Tuple[int, int, int]) -> List[torch.Tensor]:
+    def segmentations(self, shape: tuple[int, int, int]) -> list[torch.Tensor]:
         """The partition (B, H, W) of each level from the first on, ids running across the batch."""
-        out: List[torch.Tensor] = []
+        out: list[torch.Tensor] = []
         for level in self.levels:
             out.append(level.parent.view(shape) if not out else level.parent[out[-1]])
         return out
@@ -113,7 +165,7 @@ def build_hierarchy(
         iota: float = 5.,
         criterion: str = 'aicc',
         min_avg_region: int = 6,
-        max_levels: Optional[int] = None,
+        max_levels: int | None = None,
 ) -> Hierarchy:
     """Merge pixels into regions level by level and select the best regions.
 
@@ -127,111 +179,161 @@ def build_hierarchy(
         cmp: Weight of the compactness, lambda in the paper.
         iota: See `information_criterion`, as `criterion`.
         criterion: 'aicc', 'aic', 'bic' or 'cic'.
-        min_avg_region: Stop at so many vertices.
+        min_avg_region: Stop at so many vertices. An image of no more pixels has no levels: it is one region, or its
+            pixels.
         max_levels: Most levels; by default ceil(log2(sqrt(H * W))).
 
     Returns:
         Levels, whole-image candidate and pieces. Features and variances carry gradient.
     """
     B, _, H, W = features.shape
-    pixels, device = H * W, features.device
     if max_levels is None:
-        max_levels = math.ceil(math.log2(math.sqrt(pixels)))
+        max_levels = math.ceil(math.log2(math.sqrt(H * W)))
     grid = features.transpose(0, 1).contiguous()  # C B H W
-    f, v = grid.flatten(1), None
-    sizes = torch.ones(B * pixels, dtype=torch.long, device=device)
-    boxes = pixel_boxes(B, H, W, device)
-    image = torch.arange(B, device=device).repeat_interleave(pixels)
-    selection = _Selection(B, pixels, device, features.dtype)
-    levels: List[Level] = []
-    base: Optional[torch.Tensor] = None  # edges of level 1
-    edges: Optional[torch.Tensor] = None
-    counts, stopped = [pixels] * B, [False] * B
-    while len(levels) < max_levels:
-        stopped = [stop or n <= min_avg_region for stop, n in zip(stopped, counts)]
-        if all(stopped):
-            break
-        frozen = torch.tensor(stopped, device=device)[image] if any(stopped) else None
-        if edges is None:
+    vertices = _pixel_vertices(grid)
+    selection = _Selection(B, H * W, features.device, features.dtype)
+    select_from = partial(
+        _select_from, selection, partial(information_criterion, image_pixels=H * W, criterion=criterion, iota=iota))
+    running = _Running(B, H * W, min_avg_region)
+    levels: list[Level] = []
+    edges = base = torch.empty(2, 0, dtype=torch.long, device=features.device)
+    while len(levels) < max_levels and not all(running.stopped):
+        if not levels:
             choice, omega = pixel_choice(grid, cmp)
         else:
-            potential = edge_potential(f, edges, cmp, sizes, boxes)
-            own = (1. - cmp) * self_similarity(v) + cmp * compactness(sizes, boxes).to(f.dtype)
-            choice = best_neighbours(edges, potential, own)
-            omega = best_potential(edges, potential, own)
-        if frozen is not None:
-            choice = torch.where(frozen, torch.arange(len(choice), device=device), choice)
-        parent, first = number_groups(choice_components(choice))
-        n = len(first)
-        new_f, new_v = contract(f, v, omega.sqrt() * sizes, parent, n)
-        if frozen is not None:
-            keep = frozen[first]
-            new_f = torch.where(keep, f[:, first], new_f)
-            new_v = torch.where(keep, v[:, first], new_v)
-        f, v = new_f, new_v
-        sizes = torch.zeros(n, dtype=torch.long, device=device).scatter_add_(0, parent, sizes)
-        boxes = merge_boxes(boxes, parent, n)
-        value = information_criterion(v, sizes, pixels, criterion, iota)
+            choice, omega = _vertex_choice(vertices, edges, self_similarity, cmp)
+        parent, merged = _merge(vertices, choice, omega, running.frozen(vertices.image))
         edges = unique_edges(
-            grid_edges(parent.view(B, H, W)) if edges is None else parent.index_select(0, edges.flatten()).view(2, -1))
-        if base is None:
-            base = edges
+            parent.index_select(0, edges.flatten()).view(2, -1) if levels else grid_edges(parent.view(B, H, W)))
+        base = base if levels else edges
+        level, moved_in = select_from(len(levels) + 1, merged, parent, omega, vertices)
+        running.update(merged.image, moved_in, is_first=not levels)
+        levels.append(level)
+        vertices = merged
 
-        region_image = image.index_select(0, selection.owner)
-        gave_way = selection.update(len(levels) + 1, parent, value)
-        image = image.index_select(0, first)
-        levels.append(Level(parent, omega, f, v, sizes, boxes, value, image, selection.label))
-        host = torch.stack([
-            torch.bincount(image, minlength=B), torch.bincount(region_image[gave_way], minlength=B)]).tolist()
-        counts = host[0]
-        if len(levels) > 1:
-            stopped = [stop or not moved for stop, moved in zip(stopped, host[1])]
+    whole, _ = select_from(
+        len(levels) + 1, _whole_images(vertices, B, H * W), vertices.image, vertices.sizes.to(features.dtype), vertices)
+    return Hierarchy(levels, whole, _cut_pieces(grid, [*levels, whole], selection, base))
 
-    whole_f, whole_v = contract(f, v, sizes.to(f.dtype), image, B)
-    whole_sizes = torch.full((B,), pixels, device=device)
-    value = information_criterion(whole_v, whole_sizes, pixels, criterion, iota)
-    selection.update(len(levels) + 1, image, value)
-    whole = Level(
-        image, sizes.to(f.dtype), whole_f, whole_v, whole_sizes, merge_boxes(boxes, image, B), value,
-        torch.arange(B, device=device), selection.label)
-    return Hierarchy(levels, whole, _cut_pieces(grid, levels, whole, selection, base))
+
+def _pixel_vertices(grid: torch.Tensor) -> _Vertices:
+    """The pixels of (C, B, H, W)."""
+    _, B, H, W = grid.shape
+    return _Vertices(
+        features=grid.flatten(1),
+        variances=None,
+        sizes=torch.ones(B * H * W, dtype=torch.long, device=grid.device),
+        boxes=pixel_boxes(B, H, W, grid.device),
+        image=torch.arange(B, device=grid.device).repeat_interleave(H * W),
+    )
+
+
+def _vertex_choice(
+        vertices: _Vertices,
+        edges: torch.Tensor,
+        self_similarity: Callable[[torch.Tensor], torch.Tensor],
+        cmp: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `pixel_choice` gives for pixels: choice (n,) and omega (n,), where a vertex may prefer itself."""
+    sizes, boxes = vertices.sizes, vertices.boxes
+    potential = edge_potential(vertices.features, edges, cmp, sizes, boxes)
+    own = (1. - cmp) * self_similarity(vertices.variances) + cmp * compactness(sizes, boxes).to(potential.dtype)
+    return best_neighbours(edges, potential, own), best_potential(edges, potential, own)
+
+
+def _merge(
+        vertices: _Vertices,
+        choice: torch.Tensor,
+        omega: torch.Tensor,
+        frozen: torch.Tensor | None,
+) -> tuple[torch.Tensor, _Vertices]:
+    """Join each vertex to its choice: the number (n,) of what each became part of, and the new vertices."""
+    if frozen is not None:
+        choice = torch.where(frozen, torch.arange(len(choice), device=choice.device), choice)
+    parent, first = number_groups(choice_components(choice))
+    n = len(first)
+    features, variances = contract(
+        vertices.features, vertices.variances, omega.sqrt() * vertices.sizes, parent, n)
+    if frozen is not None:
+        keep = frozen[first]
+        features = torch.where(keep, vertices.features[:, first], features)
+        variances = torch.where(keep, vertices.variances[:, first], variances)
+    return parent, _Vertices(
+        features=features,
+        variances=variances,
+        sizes=sum_groups(vertices.sizes[None], parent, n)[0],
+        boxes=merge_boxes(vertices.boxes, parent, n),
+        image=vertices.image.index_select(0, first),
+    )
+
+
+def _select_from(
+        selection: _Selection,
+        judge: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        number: int,
+        vertices: _Vertices,
+        parent: torch.Tensor,
+        weight: torch.Tensor,
+        below: _Vertices,
+) -> tuple[Level, torch.Tensor]:
+    """Let the best regions give way to new vertices: the level that these are, and the image of each that gave way."""
+    value = judge(vertices.variances, vertices.sizes)
+    moved_in = selection.update(number, parent, value, below.image)
+    return Level(
+        parent=parent, weight=weight, criterion=value, best=selection.label, **vertices._asdict()), moved_in
+
+
+def _whole_images(vertices: _Vertices, batch_size: int, pixels: int) -> _Vertices:
+    """Each image as one vertex."""
+    sizes, image = vertices.sizes, vertices.image
+    features, variances = contract(
+        vertices.features, vertices.variances, sizes.to(vertices.features.dtype), image, batch_size)
+    return _Vertices(
+        features=features,
+        variances=variances,
+        sizes=torch.full((batch_size,), pixels, device=sizes.device),
+        boxes=merge_boxes(vertices.boxes, image, batch_size),
+        image=torch.arange(batch_size, device=sizes.device),
+    )
 
 
 def _cut_pieces(
         grid: torch.Tensor,
-        levels: List[Level],
-        whole: Level,
+        levels: Sequence[Level],
         selection: _Selection,
-        base: Optional[torch.Tensor],
+        base: torch.Tensor,
 ) -> Pieces:
+    """Cut the selected regions into connected pieces.
+
+    Args:
+        grid: Pixel features (C, B, H, W).
+        levels: All levels, the whole images last; where there is no other they are level 1.
+        selection: The best regions, of pixels or of vertices of level 1.
+        base: Edges (2, E) of level 1.
+    """
     _, B, H, W = grid.shape
+    features = [level.features for level in levels]
     if selection.on_level_1:
         atoms, edges = levels[0], base
-        sizes, boxes, image = atoms.sizes, atoms.boxes, atoms.image
-        segmentation, tables = atoms.parent.view(B, H, W), [*levels, whole]
-        features = torch.cat([level.features for level in tables], dim=1)
+        segmentation = atoms.parent.view(B, H, W)
+        start = [0]  # pixels are not among the features: nothing refers to them
     else:
-        n = B * H * W
-        sizes = torch.ones(n, dtype=torch.long, device=grid.device)
-        boxes = pixel_boxes(B, H, W, grid.device)
-        image = torch.arange(B, device=grid.device).repeat_interleave(H * W)
-        segmentation, tables = torch.arange(n, device=grid.device).view(B, H, W), [*levels, whole]
+        atoms = _pixel_vertices(grid)
+        segmentation = torch.arange(B * H * W, device=grid.device).view(B, H, W)
         edges = grid_edges(segmentation)
-        features = torch.cat([grid.flatten(1), *(level.features for level in tables)], dim=1)
+        features.insert(0, atoms.features)
+        start = []
+    start = torch.tensor([*start, *accumulate((f.shape[1] for f in features[:-1]), initial=0)], device=grid.device)
     label = selection.label
     inner = label[edges[0]] == label[edges[1]]
     number, first = number_groups(connected_components(len(label), edges[:, inner]))
-    n = len(first)
-    skipped = 1 if selection.on_level_1 else 0
-    lengths = [grid[0].numel(), *(level.features.shape[1] for level in tables)][skipped:]
-    start = torch.tensor([0] * skipped + [sum(lengths[:i]) for i in range(len(lengths))], device=grid.device)
-    region = label[first]
+    n, region = len(first), label[first]
     record = start[selection.level[region]] + selection.vertex[region]
     return Pieces(
         segmentation=number.index_select(0, segmentation.flatten()).view(B, H, W),
-        features=features.index_select(1, record),
-        sizes=torch.zeros(n, dtype=torch.long, device=grid.device).scatter_add_(0, number, sizes),
-        boxes=merge_boxes(boxes, number, n),
-        image=image[first],
+        features=torch.cat(features, dim=1).index_select(1, record),
+        sizes=sum_groups(atoms.sizes[None], number, n)[0],
+        boxes=merge_boxes(atoms.boxes, number, n),
+        image=atoms.image[first],
         edges=unique_edges(number[edges[:, ~inner]]),
     )

@@ -4,8 +4,6 @@ Paper: `Differentiable Hierarchical Visual Tokenization` (dHT) - https://arxiv.o
 """
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 import torch.nn.functional as F
 
@@ -49,15 +47,15 @@ def _class_areas(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     """Pixels (B, n) of each class in each image."""
     valid = (labels >= 0) & (labels < num_classes)
     image = torch.arange(len(labels), device=labels.device)[:, None, None].expand_as(labels)
-    cell = image[valid] * num_classes + labels.long()[valid]
-    return torch.bincount(cell, minlength=len(labels) * num_classes).view(-1, num_classes)
+    entry = image[valid] * num_classes + labels.long()[valid]
+    return torch.bincount(entry, minlength=len(labels) * num_classes).view(-1, num_classes)
 
 
 def token_focal_loss(
         logits: torch.Tensor,
         targets: torch.Tensor,
         gamma: int = 4,
-        ignored_class: Optional[int] = None,
+        ignored_class: int | None = None,
 ) -> torch.Tensor:
     """Focal loss of tokens, (1 - q)^gamma * cross-entropy, scaled to be about as large as cross-entropy itself.
 
@@ -86,7 +84,7 @@ def token_focal_loss(
 def image_area_loss(
         logits: torch.Tensor,
         labels: torch.Tensor,
-        ignored_class: Optional[int] = None,
+        ignored_class: int | None = None,
 ) -> torch.Tensor:
     """Binary cross-entropy of an image's logits (B, n) against the areas of the classes in its labels (B, H, W).
 

@@ -7,11 +7,9 @@ its (y, x), in the order of the path.
 """
 from __future__ import annotations
 
-from typing import Tuple
-
 import numpy as np
 
-Outlines = Tuple[np.ndarray, np.ndarray]
+Outlines = tuple[np.ndarray, np.ndarray]
 
 # Headings up, right, down, left: the step, the corner of its pixel (on the right hand) where it starts.
 _AHEAD = np.array([[-1, 0], [0, 1], [1, 0], [0, -1]])
@@ -75,7 +73,7 @@ def trace_outlines(segmentation: np.ndarray) -> Outlines:
     return path[order], corner[order].astype(np.float64)
 
 
-def _neighbours(ids: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+def _neighbours(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Index of the point before and after each, cyclic within its region."""
     index = np.arange(len(ids))
     first = np.flatnonzero(np.diff(ids, prepend=-1))
@@ -116,7 +114,7 @@ def split_edges(outlines: Outlines, longest: float) -> Outlines:
     return np.repeat(ids, pieces), np.repeat(points, pieces, axis=0) + share[:, None] * np.repeat(step, pieces, axis=0)
 
 
-def fit_cubics(outlines: Outlines, stride: int = 4, alpha: float = 0.33) -> Tuple[np.ndarray, np.ndarray]:
+def fit_cubics(outlines: Outlines, stride: int = 4, alpha: float = 0.33) -> tuple[np.ndarray, np.ndarray]:
     """Cubic curves through every `stride`-th point, tangent to the outline there.
 
     Returns:

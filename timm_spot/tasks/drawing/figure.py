@@ -5,12 +5,16 @@ the colours are Okabe & Ito's for the colour-blind - https://jfly.uni-koeln.de/c
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Tuple, Union
+from pathlib import Path
+from typing import TYPE_CHECKING, Union
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ...ops.windows import check_convention
+from ..extras import need
+from ..kept import whole_file
 from ..pictures.images import to_rgb
 
 if TYPE_CHECKING:
@@ -51,13 +55,14 @@ def to_picture(image: Picture) -> np.ndarray:
     return tensor.clamp(0., 1.).expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
-def figure_size(picture: np.ndarray) -> Tuple[float, float]:
+def figure_size(picture: np.ndarray) -> tuple[float, float]:
     """Width and height in inches that keep the aspect; never too narrow for a title."""
     height, width = np.array(picture.shape[:2]) * SIDE / max(picture.shape[:2])
     return max(width, 1.8), height
 
 
 def new_figure(width: float, height: float) -> Figure:
+    need('matplotlib')
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(width, height + 0.3), layout='constrained')
@@ -67,6 +72,27 @@ def new_figure(width: float, height: float) -> Figure:
 
 def new_axes(picture: np.ndarray) -> Axes:
     return new_figure(*figure_size(picture)).subplots()
+
+
+def check_figure(path: Path) -> None:
+    """Raise ValueError where matplotlib writes no picture of this name, before any work."""
+    need('matplotlib')
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    suffixes = sorted(f'.{name}' for name in FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f'path={str(path)!r} must end in one of {", ".join(suffixes)}.')
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure, whole or not at all, and close it."""
+    import matplotlib.pyplot as plt
+
+    try:
+        with whole_file(path) as partial:
+            figure.savefig(partial, dpi=150)
+    finally:
+        plt.close(figure)
 
 
 def show(ax: Axes, picture: np.ndarray) -> None:
@@ -87,16 +113,23 @@ def rectangles(
         window: int,
         picture: np.ndarray,
         convention: str,
-) -> Tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Centres (N, 2) of windows in the pixel coordinates of imshow, and their sides (2,), both as (y, x)."""
+    check_convention(convention, window)
     positions = positions.detach().cpu()
     positions = positions[0] if positions.ndim == 3 and len(positions) == 1 else positions
     if positions.ndim != 2 or positions.shape[-1] != 2:
         raise ValueError(f'positions must have shape (N, 2), one placement, got {tuple(positions.shape)}.')
+    if not positions.isfinite().all():
+        raise ValueError(f'positions of shape {tuple(positions.shape)} hold NaN or infinity.')
     size = np.array(picture.shape[:2])
-    if convention == 'spot':
-        return positions.numpy() * size, window * 2 * size / size.sum()
-    return positions.numpy() * size - 0.5, np.array([window, window])
+    sides = window * 2 * size / size.sum() if convention == 'spot' else np.array([window, window])
+    return to_pixels(positions.numpy(), picture, convention), sides
+
+
+def to_pixels(positions: np.ndarray, picture: np.ndarray, convention: str) -> np.ndarray:
+    """Positions (..., 2) in the pixel coordinates of imshow, where pixel i has its centre at i."""
+    return positions * picture.shape[:2] - (0. if convention == 'spot' else 0.5)
 
 
 def add_windows(ax: Axes, centres: np.ndarray, sides: np.ndarray) -> None:

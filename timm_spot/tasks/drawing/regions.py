@@ -1,7 +1,7 @@
 """Pictures of regions and their hierarchy, the tokens of dHT (extra `viz`)."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional, Sequence
+from typing import TYPE_CHECKING, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def draw_regions(image: Picture, segmentation: torch.Tensor, ax: Optional[Axes] = None) -> Axes:
+def draw_regions(image: Picture, segmentation: torch.Tensor, ax: Axes | None = None) -> Axes:
     """Draw an image with the borders of its regions.
 
     Args:
@@ -38,7 +38,7 @@ def draw_regions(image: Picture, segmentation: torch.Tensor, ax: Optional[Axes] 
     return ax
 
 
-def draw_region_means(image: Picture, segmentation: torch.Tensor, ax: Optional[Axes] = None) -> Axes:
+def draw_region_means(image: Picture, segmentation: torch.Tensor, ax: Axes | None = None) -> Axes:
     """Draw an image from nothing but the mean colour of each region, as `draw_regions`; the title says how well."""
     picture = to_picture(image)
     ids = np.unique(_region_ids(segmentation, picture), return_inverse=True)[1].reshape(picture.shape[:2])

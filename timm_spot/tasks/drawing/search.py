@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Sequence
 
 import numpy as np
 import torch
 
+from ..extras import need
+from ..kept import whole_file
 from .figure import (
     BLUE,
     DARK,
@@ -20,6 +22,7 @@ from .figure import (
     rectangles,
     show,
     to_picture,
+    to_pixels,
 )
 
 if TYPE_CHECKING:
@@ -27,12 +30,14 @@ if TYPE_CHECKING:
 
     from ..search.result import OracleResult
 
+FILM_SUFFIXES = ('.gif', '.mp4')
 
 def draw_trajectory(
         image: Picture,
         result: OracleResult,
         index: int = 0,
-        axes: Optional[Sequence[Axes]] = None,
+        axes: Sequence[Axes] | None = None,
+        convention: str = 'patch',
 ) -> np.ndarray:
     """Draw where a search moved every token (start, path and end), and beside it the loss at each step.
 
@@ -41,6 +46,7 @@ def draw_trajectory(
         result: Of `timm_spot.optimize_positions`: its `trajectory` (B, steps + 1, N, 2) and `losses` (B, steps + 1).
         index: Which image of the result.
         axes: Two axes, for the picture and for the loss; a new figure by default.
+        convention: Where positions lie, see `timm_spot.sample_windows`.
 
     Returns:
         The two axes.
@@ -49,11 +55,12 @@ def draw_trajectory(
         TypeError: `image` is of no known kind.
         ValueError: The result has no trajectory or no such image.
     """
+    need('matplotlib')
     from matplotlib import patheffects
 
     picture = to_picture(image)
     trajectory, losses = _trajectory(result, index)
-    points = trajectory.numpy() * picture.shape[:2] - 0.5  # steps + 1, N, 2
+    points = to_pixels(trajectory.numpy(), picture, convention)  # steps + 1, N, 2
     if axes is None:
         width, height = figure_size(picture)
         figure = new_figure(width + 0.8 * SIDE, max(height, 0.7 * SIDE))
@@ -88,7 +95,7 @@ def animate(
         image: Picture,
         result: OracleResult,
         window: int,
-        path: Union[str, Path],
+        path: str | Path,
         index: int = 0,
         fps: int = 5,
         convention: str = 'patch',
@@ -112,14 +119,11 @@ def animate(
         ValueError: Another suffix; the result has no trajectory or no such image.
         RuntimeError: A .mp4 without ffmpeg.
     """
+    path = Path(path)
+    check_film(path)
     import matplotlib.pyplot as plt
     from matplotlib.animation import FFMpegWriter, PillowWriter
 
-    path = Path(path)
-    if path.suffix not in ('.gif', '.mp4'):
-        raise ValueError(f'path={str(path)!r} must end in .gif or .mp4.')
-    if path.suffix == '.mp4' and not FFMpegWriter.isAvailable():
-        raise RuntimeError(f'{path} needs the program ffmpeg, which is not installed: install it, or write a .gif.')
     picture = to_picture(image)
     trajectory, losses = _trajectory(result, index)
     centres, sides = rectangles(trajectory.flatten(0, 1), window, picture, convention)
@@ -130,19 +134,32 @@ def animate(
     figure.set_size_inches(np.ceil(figure.get_size_inches() * 50) / 50)
     ax = figure.subplots()
     writer = PillowWriter(fps) if path.suffix == '.gif' else FFMpegWriter(fps)
-    with writer.saving(figure, path, dpi=100):
-        for step, loss in enumerate(losses):
-            ax.clear()
-            show(ax, picture)
-            add_windows(ax, centres[step], sides)
-            _include(ax, centres, picture)
-            ax.set_title(f'step {step}, loss {loss:.3f}', color='#d0d0d0', fontsize='medium')
-            writer.grab_frame(facecolor=DARK)
-    plt.close(figure)
+    try:
+        with whole_file(path) as partial, writer.saving(figure, partial, dpi=100):
+            for step, loss in enumerate(losses):
+                ax.clear()
+                show(ax, picture)
+                add_windows(ax, centres[step], sides)
+                _include(ax, centres, picture)
+                ax.set_title(f'step {step}, loss {loss:.3f}', color='#d0d0d0', fontsize='medium')
+                writer.grab_frame(facecolor=DARK)
+    finally:
+        plt.close(figure)
     return path
 
 
-def _trajectory(result: OracleResult, index: int) -> Tuple[torch.Tensor, torch.Tensor]:
+def check_film(path: Path) -> None:
+    """Raise ValueError or RuntimeError where a film of this name cannot be written, before any work."""
+    need('matplotlib')
+    from matplotlib.animation import FFMpegWriter
+
+    if path.suffix not in FILM_SUFFIXES:
+        raise ValueError(f'path={str(path)!r} must end in {" or ".join(FILM_SUFFIXES)}.')
+    if path.suffix == '.mp4' and not FFMpegWriter.isAvailable():
+        raise RuntimeError(f'{path} needs the program ffmpeg, which is not installed: install it, or write a .gif.')
+
+
+def _trajectory(result: OracleResult, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions (steps + 1, N, 2) and losses (steps + 1,) of one image of a result."""
     if result.trajectory is None:
         raise ValueError('result has no trajectory: search with optimize_positions(..., record=True).')

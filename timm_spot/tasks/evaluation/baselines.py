@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Dict, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...models.attention_saliency import recorded_attention
+from ...models.pruning_passes import drop_tokens, make_plan
 from ...models.subpixel_embed import SubpixelEmbed
+from ...ops.attention import gather_tokens
 from ...ops.samplers import sample_positions
 
 
@@ -26,7 +26,8 @@ def patch_drop(vit: nn.Module, images: torch.Tensor, kept: torch.Tensor) -> torc
         images: (B, C, H, W).
         kept: (B, n), for each image the numbers of its patches, see `random_patches`.
     """
-    return vit.norm(vit.blocks(_keep(vit, embed_patches(vit, images), kept)))
+    x = embed_patches(vit, images)
+    return vit.norm(vit.blocks(gather_tokens(x, kept.to(x.device), vit.num_prefix_tokens)))
 
 
 def random_patches(n_patches: int, n_tokens: int, generator: torch.Generator) -> torch.Tensor:
@@ -42,7 +43,8 @@ def random_patches(n_patches: int, n_tokens: int, generator: torch.Generator) ->
 def top_k(vit: nn.Module, images: torch.Tensor, n_tokens: int) -> torch.Tensor:
     """The patches to which the class token attends most in an early block; those after it see only these.
 
-    The block is the one a quarter of the depth in, where EViT drops tokens for the first time.
+    This is pruning by `cls-attention` at one stage. The block is the one a quarter of the depth in, where EViT drops
+    tokens for the first time.
 
     Paper: `EViT: Expediting Vision Transformers via Token Reorganizations` - https://arxiv.org/abs/2202.07800
 
@@ -53,16 +55,9 @@ def top_k(vit: nn.Module, images: torch.Tensor, n_tokens: int) -> torch.Tensor:
         raise ValueError('top-k needs a class token, whose attention says which patches to keep; this model has none.')
     x = embed_patches(vit, images)
     _check_budget(n_tokens, x.shape[1] - vit.num_prefix_tokens)
-    last = len(vit.blocks) // 4
-    for block in vit.blocks[:last]:
-        x = block(x)
-    with recorded_attention(vit.blocks[last]) as recorded:
-        x = vit.blocks[last](x)
-    attention = recorded[0][:, :, 0, vit.num_prefix_tokens:].mean(dim=1)
-    x = _keep(vit, x, attention.topk(n_tokens, dim=1).indices)
-    for block in vit.blocks[last + 1:]:
-        x = block(x)
-    return vit.norm(x)
+    depth = len(vit.blocks)
+    plan = make_plan(depth, stages=(depth // 4 + 1,), scorer='cls-attention')
+    return vit.norm(drop_tokens(vit, x, plan, counts=(n_tokens,)).tokens)
 
 
 class LowRes:
@@ -74,7 +69,7 @@ class LowRes:
 
     def __init__(self, vit: nn.Module) -> None:
         self.vit = vit
-        self.resized: Dict[Tuple[int, int], nn.Module] = {}
+        self.resized: dict[tuple[int, int], nn.Module] = {}
 
     def __call__(self, images: torch.Tensor, n_tokens: int) -> torch.Tensor:
         rows, columns = shrunk_grid(tuple(images.shape[-2:]), n_tokens)
@@ -91,7 +86,7 @@ class LowRes:
         return vit.norm(vit.blocks(embed_patches(vit, images)))
 
 
-def shrunk_grid(image_size: Tuple[int, int], n_tokens: int) -> Tuple[int, int]:
+def shrunk_grid(image_size: tuple[int, int], n_tokens: int) -> tuple[int, int]:
     """Rows and columns of the grid of n tokens on a smaller copy of an image of (H, W) pixels.
 
     Raises:
@@ -117,12 +112,6 @@ def embed_patches(vit: nn.Module, images: torch.Tensor) -> torch.Tensor:
     else:
         x = embed(images)
     return vit.norm_pre(vit._pos_embed(x))
-
-
-def _keep(vit: nn.Module, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    prefix, patches = x[:, :vit.num_prefix_tokens], x[:, vit.num_prefix_tokens:]
-    kept = kept.to(x.device)[..., None].expand(-1, -1, x.shape[-1])
-    return torch.cat([prefix, patches.gather(1, kept)], dim=1)
 
 
 def _check_budget(n_tokens: int, n_patches: int) -> None:

@@ -1,240 +1,160 @@
-"""Which rows an evaluation has: each model at each placement and budget, scorer and keep rate, or as a baseline."""
+"""Rows of an evaluation, typed, and the line of CSV that each of them is."""
 from __future__ import annotations
 
-import dataclasses
-from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from dataclasses import dataclass, field
+from typing import Dict, Mapping, Optional, Tuple
 
-import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from .metrics import Estimate
 
-from ...models.dht_vit import DhtVisionTransformer, TokenFeatures
-from ...models.spot_vit import SubpixelVisionTransformer
-from ...ops.samplers import get_sampler, sample_positions
-from ..kept import weights_digest
-from ..pictures.datasets import Pictures, check_classes
-from ..pictures.images import model_transform
-from ..pictures.saliency_maps import saliency_source
-from ..search.draws import draw_placements, image_generator
-from ..search.optimize import optimize_positions
-from . import prunings
-from .baselines import LowRes, patch_drop, random_patches, shrunk_grid, top_k
-from .results import Row
+# Kinds of rows. A family may have kinds of its own beside these.
+SAMPLER = 'sampler'  # tokens where a spatial prior puts them
+PLACER = 'placer'  # where the model's own placer does
+ORACLE = 'oracle'  # where a search that sees the labels does: an upper bound, out of competition
+REGIONS = 'regions'  # tokens that are regions of the image
+AS_IT_IS = 'as it is'  # a model without a budget
+BASELINE = 'baseline'  # other ways to spend fewer tokens on the same weights
 
-AS_IT_IS = 'as it is'
-REGIONS = 'regions'
+METRICS = ('top1', 'top5', 'nll', 'ece', 'knn_top1')
+KEY = (
+    'data', 'data_sha', 'split', 'model', 'weights', 'sampler', 'n_tokens', 'scorer', 'keep_rate', 'stages', 'seeds',
+    'saliency', 'knn', 'amp', 'kind', 'settings')
+COLUMNS = (
+    *KEY, 'images', 'skipped', *(f'{m}{suffix}' for m in METRICS for suffix in ('', '_se', '_se_seeds')), 'gflops')
+SPEED_COLUMNS = (*KEY, 'images_per_s')
+NEW_COLUMNS = ('kind', 'settings')  # files of version 0.1 lack them
 
-# From normalised images, labels, their numbers in the data set and their files, for a seed, to what `forward_head`
-# takes: tokens after the norm.
-Tokens = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, Sequence[str], int], Union[torch.Tensor, TokenFeatures]]
+_BASELINES_BEFORE = ('patch-drop', 'low-res', 'top-k')  # those of version 0.1
 
 
-@dataclasses.dataclass
-class Knn:
-    """Nearest-neighbour classification, see `knn_predict`."""
-
-    train: Pictures
-    k: int = 20
-    temperature: float = 0.07
-
-    @property
-    def key(self) -> str:
-        return f'{self.train.source} {self.train.digest()} k={self.k} T={self.temperature}'
-
-
-@dataclasses.dataclass
-class Cell:
-    """One row to compute."""
-
-    key: Row
-    model: nn.Module
-    tokens: Tokens
-    seeds: Tuple[int, ...]
-
-
-def list_cells(
-        models: Dict[str, nn.Module],
-        pictures: Pictures,
-        split: str,
-        samplers: Sequence[str],
-        budgets: Sequence[int],
-        oracle: Optional[str] = None,
-        baselines: Sequence[str] = (),
-        seeds: Sequence[int] = (0,),
-        saliency: str = 'spectral',
-        knn: Optional[Knn] = None,
-        amp: Optional[str] = None,
-        scorers: Sequence[str] = (),
-        keep_rates: Sequence[float] = (),
-) -> List[Cell]:
-    """The rows that an evaluation has, in order; nothing is computed yet.
-
-    Subpixel ViTs have a row for each sampler and budget; dHT models, whose tokens are regions, one for each budget;
-    other VisionTransformers, and subpixel ones, one for each baseline and budget; models that have no budget one as
-    they are. Where tokens are dropped (`scorers`, or a model that does it by itself), each of these but the baselines
-    is a row for each scorer and keep rate.
-
-    Raises:
-        ValueError: Something unknown, or that a model or its image size does not allow.
-    """
-    unknown = [b for b in baselines if b not in BASELINES]
-    if unknown:
-        raise ValueError(f"baselines={','.join(baselines)} has the unknown {unknown[0]!r}: {', '.join(BASELINES)}.")
-    prunings.check_prunings(models, scorers, keep_rates)
-    cells = []
-    for name, model in models.items():
-        check_classes(pictures, model)
-        if not model.num_classes and knn is None:
-            raise ValueError(f'{name} has no classifier: give --knn, to classify by nearest neighbours.')
-        pruned = prunings.list_prunings(model, scorers, keep_rates)
-        common = dict(
-            dict.fromkeys(prunings.COLUMNS, ''),
-            data=pictures.source, data_sha=pictures.digest(), split=split, model=name,
-            weights=weights_digest(model)[:12], saliency='', amp=amp or '', knn=knn.key if knn else '')
-        for way in _list_ways(model, samplers, budgets, oracle, baselines, saliency, amp):
-            budget = '' if way.n_tokens is None else str(way.n_tokens)
-            key = dict(common, sampler=way.sampler, n_tokens=budget, **way.key)
-            if not (pruned and way.drops):
-                cells.append(_cell(key, model, way.tokens(model), way.stochastic, seeds))
-                continue
-            cells += [
-                _cell({**key, **p.key}, p.model, _pruned(way.tokens(p.model), p), way.stochastic or p.stochastic, seeds)
-                for p in pruned]
-    return cells
-
-
-def _cell(key: Row, model: nn.Module, tokens: Tokens, stochastic: bool, seeds: Sequence[int]) -> Cell:
-    used = tuple(seeds) if stochastic else (0,)
-    return Cell(dict(key, seeds=' '.join(map(str, used)) if stochastic else ''), model, tokens, used)
-
-
-class _Way(NamedTuple):
-    """One way to give a model its tokens.
+@dataclass(frozen=True)
+class Row:
+    """What a row was measured on: all that determines its figures.
 
     Attributes:
-        sampler: Its name in the table.
+        kind: How the tokens came about, such as `SAMPLER`.
+        data: Source of the pictures.
+        data_sha: Digest of the pictures and their labels.
+        split: Part of the data set.
+        model: Name.
+        weights: Digest of its weights.
+        sampler: Name in the table of how the tokens came about: a sampler, a baseline, 'oracle isotropic', ...
         n_tokens: Budget, where there is one.
-        tokens: Makes the function of a `Cell`, for the model or for one that drops tokens.
-        stochastic: Whether it is drawn, once for each seed.
-        drops: Whether tokens may be dropped on the way.
-        key: What else determines its rows.
+        scorer: What tokens were dropped by; '' where none were.
+        keep_rate: Share that each stage kept.
+        stages: Blocks in front of which tokens fell.
+        seeds: Of what was drawn; none where nothing was.
+        saliency: Where maps came from, where there were any.
+        knn: Bank and settings of nearest neighbours, where they were asked.
+        amp: Data type of autocast, or ''.
+        settings: Digest of what else determines the figures: the model's configuration, a folder of maps. '' in a row
+            of version 0.1, which does not say.
     """
 
+    kind: str
+    data: str
+    data_sha: str
+    split: str
+    model: str
+    weights: str
     sampler: str
-    n_tokens: Optional[int]
-    tokens: Callable[[nn.Module], Tokens]
-    stochastic: bool = False
-    drops: bool = True
-    key: Row = {}
+    n_tokens: Optional[int] = None
+    scorer: str = ''
+    keep_rate: Optional[float] = None
+    stages: Tuple[int, ...] = ()
+    seeds: Tuple[int, ...] = ()
+    saliency: str = ''
+    knn: str = ''
+    amp: str = ''
+    settings: str = ''
+
+    @property
+    def competes(self) -> bool:
+        """Whether it may be the best of a table: an oracle sees the labels."""
+        return self.kind != ORACLE
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        parts = [self.model, self.sampler, f'{self.n_tokens} tokens' if self.n_tokens is not None else '']
+        return ', '.join(filter(None, [*parts, f'{self.scorer} at {self.keep_rate}' if self.scorer else '']))
+
+    def to_cells(self) -> Dict[str, str]:
+        """Values of `KEY`."""
+        return {name: _to_cell(getattr(self, name)) for name in KEY}
+
+    @classmethod
+    def from_cells(cls, cells: Mapping[str, str]) -> Row:
+        """What `to_cells` wrote, or version 0.1.
+
+        Raises:
+            ValueError: A number that is none.
+        """
+        values = dict(
+            {name: cells[name] for name in KEY if name not in NEW_COLUMNS},
+            kind=cells.get('kind') or _kind_of(cells['sampler']), settings=cells.get('settings', ''))
+        return cls(**dict(
+            values,
+            n_tokens=int(cells['n_tokens']) if cells['n_tokens'] else None,
+            keep_rate=float(cells['keep_rate']) if cells['keep_rate'] else None,
+            stages=tuple(int(stage) for stage in cells['stages'].split()),
+            seeds=tuple(int(seed) for seed in cells['seeds'].split())))
 
 
-def _list_ways(
-        model: nn.Module,
-        samplers: Sequence[str],
-        budgets: Sequence[int],
-        oracle: Optional[str],
-        baselines: Sequence[str],
-        saliency: str,
-        amp: Optional[str],
-) -> Iterator[_Way]:
-    """The ways that suit a model, in the order of the table; a budget that one cannot have is refused here already."""
-    size = model.pretrained_cfg['input_size'][1:]
-    if isinstance(model, DhtVisionTransformer):
-        for n in budgets:
-            yield _Way(REGIONS, n, partial(_merged, n_tokens=n))
-        return
-    if isinstance(model, SubpixelVisionTransformer):
-        read_maps = saliency_source(saliency, model, model_transform(model))
-        for sampler in samplers:
-            stochastic, maps = not get_sampler(sampler).deterministic, 'saliency' in get_sampler(sampler).keywords
-            for n in budgets:
-                if not stochastic:
-                    sample_positions(sampler, n, size, window=model.patch_embed.window)
-                yield _Way(
-                    sampler, n, partial(_placed, sampler=sampler, n_tokens=n, read_maps=read_maps), stochastic,
-                    key=dict(saliency=saliency if maps else ''))
-        if oracle is not None:
-            stochastic, maps = not get_sampler(oracle).deterministic, 'saliency' in get_sampler(oracle).keywords
-            for n in budgets:
-                # No nearest neighbours: their labels would have to be searched with.
-                yield _Way(
-                    f'oracle {oracle}', n, partial(_searched, init=oracle, n_tokens=n, read_maps=read_maps, amp=amp),
-                    stochastic, key=dict(saliency=saliency if maps else '', knn=''))
-    else:
-        n_patches = model.patch_embed.num_patches if isinstance(model, VisionTransformer) else None
-        yield _Way(AS_IT_IS, n_patches, _as_it_is)
-    if not isinstance(model, VisionTransformer):
-        return
-    for baseline in baselines:
-        for n in budgets:
-            if baseline == 'low-res':
-                shrunk_grid(size, n)
-            yield _Way(
-                baseline, n, partial(BASELINES[baseline], n_tokens=n), stochastic=baseline == 'patch-drop', drops=False)
+@dataclass(frozen=True)
+class Result:
+    """What was measured of a row.
+
+    Attributes:
+        row: On what.
+        images: Pictures counted.
+        skipped: Pictures that could not be read.
+        estimates: By metric, in percent; `nll` in nats. Those without classifier or neighbours are missing.
+        gflops: Of one image.
+        images_per_s: None where it is not known.
+    """
+
+    row: Row
+    images: int
+    skipped: int
+    gflops: float
+    estimates: Dict[str, Estimate] = field(default_factory=dict)
+    images_per_s: Optional[float] = None
+
+    def to_cells(self) -> Dict[str, str]:
+        """Values of `COLUMNS`."""
+        cells = dict(
+            self.row.to_cells(), images=str(self.images), skipped=str(self.skipped), gflops=f'{self.gflops:.4f}')
+        for name, estimate in self.estimates.items():
+            for suffix, value in zip(('', '_se', '_se_seeds'), estimate):
+                cells[name + suffix] = '' if value is None else f'{value:.4f}'
+        return cells
+
+    @classmethod
+    def from_cells(cls, cells: Mapping[str, str]) -> Result:
+        """What `to_cells` wrote, or version 0.1.
+
+        Raises:
+            ValueError: A number that is none.
+        """
+        estimates = {
+            name: Estimate(
+                float(cells[name]), float(cells[f'{name}_se']),
+                float(cells[f'{name}_se_seeds']) if cells[f'{name}_se_seeds'] else None)
+            for name in METRICS if cells[name]}
+        return cls(
+            Row.from_cells(cells), int(cells['images']), int(cells['skipped']), float(cells['gflops']), estimates)
 
 
-def _placed(model: nn.Module, sampler: str, n_tokens: int, read_maps: Callable) -> Tokens:
-    def tokens(images: torch.Tensor, _: torch.Tensor, index: torch.Tensor, files: Sequence[str], seed: int
-               ) -> torch.Tensor:
-        maps = read_maps(images, files) if 'saliency' in get_sampler(sampler).keywords else None
-        return model.forward_features(images, draw_placements(model, images, sampler, n_tokens, maps, index, seed))
-
-    return tokens
+def _to_cell(value: object) -> str:
+    if isinstance(value, tuple):
+        return ' '.join(map(str, value))
+    return '' if value is None else str(value)
 
 
-def _searched(model: nn.Module, init: str, n_tokens: int, read_maps: Callable, amp: Optional[str]) -> Tokens:
-    def tokens(images: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, files: Sequence[str], seed: int
-               ) -> torch.Tensor:
-        maps = read_maps(images, files) if 'saliency' in get_sampler(init).keywords else None
-        start = draw_placements(model, images, init, n_tokens, maps, index, seed)
-        found = optimize_positions(
-            model, images, labels, init=start, record=False, amp_dtype=getattr(torch, amp) if amp else None)
-        return model.forward_features(images, found.positions)
-
-    return tokens
-
-
-def _merged(model: nn.Module, n_tokens: int) -> Tokens:
-    def tokens(images: torch.Tensor, *_: Any) -> TokenFeatures:
-        model.patch_embed.set_budget(n_tokens)
-        return model.forward_features(images)
-
-    return tokens
-
-
-def _as_it_is(model: nn.Module) -> Tokens:
-    return lambda images, labels, index, files, seed: model.forward_features(images)
-
-
-def _pruned(tokens: Tokens, pruning: prunings.Pruning) -> Tokens:
-    def pruned(images: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, files: Sequence[str], seed: int
-               ) -> torch.Tensor:
-        pruning.apply(seed)
-        return tokens(images, labels, index, files, seed)
-
-    return pruned
-
-
-def _dropped(model: nn.Module, n_tokens: int) -> Tokens:
-    def tokens(images: torch.Tensor, _: torch.Tensor, index: torch.Tensor, files: Sequence[str], seed: int
-               ) -> torch.Tensor:
-        height, width = model.patch_embed.patch_size
-        n_patches = (images.shape[-2] // height) * (images.shape[-1] // width)
-        kept = [random_patches(n_patches, n_tokens, image_generator(seed, i)) for i in index.tolist()]
-        return patch_drop(model, images, torch.stack(kept))
-
-    return tokens
-
-
-def _shrunk(model: nn.Module, n_tokens: int) -> Tokens:
-    low_res = LowRes(model)
-    return lambda images, labels, index, files, seed: low_res(images, n_tokens)
-
-
-def _top_k(model: nn.Module, n_tokens: int) -> Tokens:
-    return lambda images, labels, index, files, seed: top_k(model, images, n_tokens)
-
-
-BASELINES = {'patch-drop': _dropped, 'low-res': _shrunk, 'top-k': _top_k}
+def _kind_of(sampler: str) -> str:
+    """The kind that version 0.1 told by the name alone."""
+    if sampler.startswith('oracle '):
+        return ORACLE
+    if sampler in _BASELINES_BEFORE:
+        return BASELINE
+    return sampler if sampler in (REGIONS, AS_IT_IS) else SAMPLER

@@ -1,236 +1,262 @@
-"""The four case studies of the SPoT page as experiments on digit canvases, for one model or several.
+"""The four case studies of the SPoT page as experiments, for one subpixel ViT or several, on any pictures.
 
 Paper: `SPoT: Subpixel Placement of Tokens in Vision Transformers` - https://arxiv.org/abs/2507.01654
 
-All compare the same canvases, one of each held-out digit, under two conditions: a difference is a mean over canvases of
-paired differences, with a 95 % confidence interval of its mean. The oracle sees the labels, see `oracle.py`; what it
-found is kept in the study's folder, for the other studies.
+All compare the same pictures under two conditions: a difference is a mean over pictures of paired differences, with a
+95 % confidence interval of its mean. The oracle sees the labels; what it found is kept in the study's folder, for the
+other studies. A study of one's own is one function:
+
+    @register_study('corners')
+    def study_corners(trials: Sequence[Trial]) -> List[Comparison]:
+        return [
+            trial.compare('isotropic - center', n, {
+                name: trial.correct(trial.placed(name, n)) for name in ('isotropic', 'center')})
+            for trial in trials for n in trial.budgets]
 """
 from __future__ import annotations
 
-import math
+import difflib
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
 
 from ...ops.saliency import spectral_residual
-from ...ops.samplers import sample_positions
+from ...ops.samplers import check_n_tokens, get_sampler, sample_positions
 from ..kept import weights_digest
-from ..pictures.digits import draw_canvases, load_digits, to_input
 from ..search.draws import draw_placements, image_generator
 from ..search.optimize import optimize_positions
 from ..search.result import OracleResult
 from .baselines import random_patches
+from .comparisons import Comparison, compare, saliency_percentiles
+from .families import family_of
+from .study_pictures import StudyPictures
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-BUDGETS = (9, 16, 25)
-_SEARCH = dict(steps=20, lr=1e-2, record=False, chunk_size=128)  # what docs/oracle.md measures
-_PERMUTATIONS = 10_000
-_Z = 1.96
+BUDGETS = (9, 16, 25)  # of the digits
+SEARCH = dict(steps=20, lr=1e-2, record=False, chunk_size=128)  # what docs/oracle.md measures
 
 
-class Comparison(NamedTuple):
-    """One line of a study: what differs, at which budget, by how much.
+@dataclass(frozen=True)
+class Trial:
+    """One model on the pictures of a study.
 
     Attributes:
-        model: Name of the model.
-        what: 'A - B'.
-        n_tokens: Budget.
-        difference: Mean of A - B, in percentage points.
-        interval: Half the width of its 95 % confidence interval.
-        p: Of the permutation test, where one was made.
+        name: Of the model.
+        model: A subpixel ViT in eval mode.
+        pictures: That all models see.
+        budgets: Numbers of tokens.
+        folder: Where searches are kept.
+        search: Settings of the oracle, see `optimize_positions`.
     """
 
-    model: str
-    what: str
-    n_tokens: int
-    difference: float
-    interval: float
-    p: Optional[float] = None
+    name: str
+    model: nn.Module
+    pictures: StudyPictures
+    budgets: Tuple[int, ...]
+    folder: Path
+    search: Dict[str, object]
 
     @property
-    def finding(self) -> str:
-        """'A', 'B' or 'neither': whose mean is larger beyond the interval."""
-        if abs(self.difference) <= self.interval:
-            return 'neither'
-        return self.what.split(' - ')[self.difference < 0]
+    def images(self) -> torch.Tensor:
+        """(B, C, H, W), normalised, on the model's device."""
+        return self.pictures.images(self.model).to(next(self.model.parameters()).device)
+
+    @property
+    def grid(self) -> Tuple[int, int]:
+        """Rows and columns of whole patches in an image."""
+        window = self.model.patch_embed.window
+        height, width = self.images.shape[-2:]
+        return height // window, width // window
+
+    def placed(self, sampler: str, n_tokens: int) -> torch.Tensor:
+        """Placements (B, N, 2) by a sampler, drawn for each image; salient ones by spectral residual."""
+        images = self.images
+        maps = spectral_residual(images) if 'saliency' in get_sampler(sampler).keywords else None
+        return draw_placements(self.model, images, sampler, n_tokens, maps, torch.arange(len(images)), seed=0)
+
+    def random_patches(self, n_tokens: int) -> torch.Tensor:
+        """Placements (B, N, 2) on centres of patches, drawn for each image."""
+        images, (rows, columns) = self.images, self.grid
+        centres = sample_positions(
+            'grid', rows * columns, tuple(images.shape[-2:]), window=self.model.patch_embed.window)[0]
+        return torch.stack([
+            centres[random_patches(len(centres), n_tokens, image_generator(0, i))] for i in range(len(images))])
+
+    def searched(self, n_tokens: int) -> OracleResult:
+        """SPoT-ON from the isotropic lattice; kept in a file, since three of the studies need the same search."""
+        key = f'{weights_digest(self.model)} {self.model.patch_embed.convention} {self.pictures.digest} {self.search}'
+        digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+        file = self.folder / f'oracle-{digest}-{n_tokens}-{len(self.pictures)}.safetensors'
+        if file.exists():
+            return OracleResult.from_safetensors(file)
+        images = self.images
+        result = optimize_positions(
+            self.model, images, self.pictures.labels.to(images.device), n_tokens=n_tokens, init='isotropic',
+            **self.search)
+        result.to_safetensors(file)
+        return OracleResult.from_safetensors(file)
+
+    @torch.inference_mode()
+    def correct(self, positions: torch.Tensor) -> torch.Tensor:
+        """Whether each picture is named rightly, placed so, (B,)."""
+        images = self.images
+        positions = positions.to(images.device)
+        named = [self.model(x, p).argmax(dim=1).cpu() for x, p in zip(images.split(128), positions.split(128))]
+        return torch.cat(named) == self.pictures.labels
+
+    def compare(self, what: str, n_tokens: int, scores: Dict[str, torch.Tensor], permute: bool = False) -> Comparison:
+        """'A - B' of scores (B,), by their names; see `compare`."""
+        return compare(self.name, what, n_tokens, scores, permute)
 
 
-class Canvases(NamedTuple):
-    """Canvases of held-out digits: uint8 (B, 64, 64), and labels (B,)."""
-
-    pixels: torch.Tensor
-    labels: torch.Tensor
+Study = Callable[[Sequence[Trial]], List[Comparison]]
+STUDIES: Dict[str, Study] = {}
 
 
-def draw_study_canvases(count: int) -> Canvases:
-    """One canvas of each of the first `count` held-out digits."""
-    digits, labels = load_digits('held_out')
-    return Canvases(draw_canvases(digits[:count], torch.Generator().manual_seed(3)), labels[:count])
+def register_study(name: str) -> Callable[[Study], Study]:
+    """Decorator that registers a study: a function from the trials, one for each model, to its comparisons.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+    if name in STUDIES:
+        raise ValueError(f'name={name!r} is already a study, choose another name.')
+
+    def decorator(study: Study) -> Study:
+        STUDIES[name] = study
+        return study
+
+    return decorator
 
 
-def study_grids(models: Dict[str, nn.Module], canvases: Canvases, folder: Path) -> List[Comparison]:
+def check_study(name: str) -> Study:
+    """A study by its name.
+
+    Raises:
+        ValueError: There is none of this name; lists those that are.
+    """
+    if name not in STUDIES:
+        close = difflib.get_close_matches(name, STUDIES, n=1)
+        hint = f' (did you mean {close[0]!r}?)' if close else ''
+        raise ValueError(f"name={name!r} is no study{hint}: {', '.join(STUDIES)}.")
+    return STUDIES[name]
+
+
+def run_study(
+        name: str,
+        models: Dict[str, nn.Module],
+        pictures: StudyPictures,
+        budgets: Sequence[int],
+        folder: Path,
+        search: Optional[Dict[str, object]] = None,
+) -> List[Comparison]:
+    """Run a registered study.
+
+    Args:
+        name: Of the study.
+        models: Subpixel ViTs in eval mode, by name.
+        pictures: That they see.
+        budgets: Numbers of tokens.
+        folder: Of the study, made if it is not there; searches are kept in it.
+        search: Settings of the oracle, by default `SEARCH`.
+
+    Raises:
+        ValueError: An unknown study, a model that is no subpixel ViT or has other classes, or a budget above its
+            number of patches.
+    """
+    study = check_study(name)
+    trials = [
+        Trial(title, model, pictures, tuple(dict.fromkeys(budgets)), folder, SEARCH if search is None else search)
+        for title, model in models.items()]
+    for trial in trials:
+        if not family_of(trial.model).has_samplers:
+            raise ValueError(f'{trial.name} is no subpixel ViT: studies are about where tokens lie.')
+        rows, columns = trial.grid
+        if pictures.labels.max() >= trial.model.num_classes:
+            raise ValueError(
+                f'labels reach up to {pictures.labels.max()}, {trial.name} has {trial.model.num_classes} classes.')
+        for n in trial.budgets:
+            check_n_tokens(n)
+            if n > rows * columns:
+                raise ValueError(f'n_tokens={n} exceeds the {rows} x {columns} patches of an image of {trial.name}.')
+    folder.mkdir(parents=True, exist_ok=True)
+    return study(trials)
+
+
+@register_study('grids')
+def study_grids(trials: Sequence[Trial]) -> List[Comparison]:
     """Off the grid against on it, at equal budgets: evenly, at random, and where an oracle put the tokens."""
     found = []
-    for name, model in models.items():
-        images, grid = to_input(canvases.pixels, model), model.patch_embed.grid_size
-        for n in BUDGETS:
-            searched = _search(model, canvases, n, folder)
-            snapped = searched.snap(grid)
+    for trial in trials:
+        for n in trial.budgets:
+            searched = trial.searched(n)
             scores = {
                 'isotropic': searched.correct_before,
-                'grid': _correct(model, canvases, _sampled(model, images, 'grid', n)),
-                'uniform': _correct(model, canvases, _sampled(model, images, 'uniform', n)),
-                'random patches': _correct(model, canvases, _random_patches(model, len(images), n)),
+                'grid': trial.correct(trial.placed('grid', n)),
+                'uniform': trial.correct(trial.placed('uniform', n)),
+                'random patches': trial.correct(trial.random_patches(n)),
                 'oracle': searched.correct_after,
-                'oracle snapped': _correct(model, canvases, snapped),
+                'oracle snapped': trial.correct(searched.snap(trial.grid)),
             }
             for what in ('isotropic - grid', 'uniform - random patches', 'oracle - oracle snapped',
                          'oracle snapped - grid'):
-                found.append(_compare(name, what, n, scores))
+                found.append(trial.compare(what, n, scores))
     return found
 
 
-def study_priors(models: Dict[str, nn.Module], canvases: Canvases, folder: Path) -> List[Comparison]:
+@register_study('priors')
+def study_priors(trials: Sequence[Trial]) -> List[Comparison]:
     """Object-centric priors against even ones: lattices, and random draws."""
     found = []
-    for name, model in models.items():
-        images = to_input(canvases.pixels, model)
-        for n in BUDGETS:
+    for trial in trials:
+        for n in trial.budgets:
             scores = {
-                sampler: _correct(model, canvases, _sampled(model, images, sampler, n))
+                sampler: trial.correct(trial.placed(sampler, n))
                 for sampler in ('center', 'isotropic', 'gaussian', 'uniform', 'salient', 'salient_sobol', 'sobol')}
             for what in ('center - isotropic', 'gaussian - uniform', 'salient - uniform', 'salient_sobol - sobol'):
-                found.append(_compare(name, what, n, scores))
+                found.append(trial.compare(what, n, scores))
     return found
 
 
-def study_saliency(models: Dict[str, nn.Module], canvases: Canvases, folder: Path) -> List[Comparison]:
+@register_study('saliency')
+def study_saliency(trials: Sequence[Trial]) -> List[Comparison]:
     """Saliency under the tokens, as its percentile in the image, before and after the oracle."""
     found = []
-    for name, model in models.items():
-        percentiles = saliency_percentiles(spectral_residual(to_input(canvases.pixels, model)))
-        for n in BUDGETS:
-            start = sample_positions('isotropic', n, canvases.pixels.shape[-2:]).expand(len(canvases.labels), -1, -1)
+    for trial in trials:
+        percentiles = saliency_percentiles(spectral_residual(trial.images).cpu())
+        for n in trial.budgets:
+            start = sample_positions('isotropic', n, tuple(percentiles.shape[-2:])).expand(len(percentiles), -1, -1)
             scores = {
                 'before': _under(percentiles, start),
-                'after': _under(percentiles, _search(model, canvases, n, folder).positions),
+                'after': _under(percentiles, trial.searched(n).positions),
             }
-            found.append(_compare(name, 'after - before', n, scores, permute=True))
+            found.append(trial.compare('after - before', n, scores, permute=True))
     return found
 
 
-def study_transfer(models: Dict[str, nn.Module], canvases: Canvases, folder: Path) -> List[Comparison]:
+@register_study('transfer')
+def study_transfer(trials: Sequence[Trial]) -> List[Comparison]:
     """Placements that an oracle found with one model, used by another that was trained independently.
 
     Raises:
         ValueError: There is one model only.
     """
-    if len(models) < 2:
-        raise ValueError('transfer needs a second, independently trained model: give its --weights.')
+    if len(trials) < 2:
+        raise ValueError('transfer needs a second, independently trained model: give its --weights, or --model.')
     found = []
-    for n in BUDGETS:
-        searched = {name: _search(model, canvases, n, folder) for name, model in models.items()}
-        for name, model in models.items():
-            scores = {'own start': searched[name].correct_before, 'own oracle': searched[name].correct_after}
-            for other in models:
-                if other != name:
-                    scores["other's oracle"] = _correct(model, canvases, searched[other].positions)
-                    found.append(_compare(name, "other's oracle - own start", n, scores))
-                    found.append(_compare(name, "own oracle - other's oracle", n, scores))
+    for n in trials[0].budgets:
+        for trial in trials:
+            own = trial.searched(n)
+            scores = {'own start': own.correct_before, 'own oracle': own.correct_after}
+            for other in trials:
+                if other is not trial:
+                    scores["other's oracle"] = trial.correct(other.searched(n).positions)
+                    found.append(trial.compare("other's oracle - own start", n, scores))
+                    found.append(trial.compare("own oracle - other's oracle", n, scores))
     return found
-
-
-STUDIES: Dict[str, Callable[[Dict[str, nn.Module], Canvases, Path], List[Comparison]]] = dict(
-    grids=study_grids, priors=study_priors, saliency=study_saliency, transfer=study_transfer)
-
-
-def saliency_percentiles(maps: torch.Tensor) -> torch.Tensor:
-    """For each pixel of maps (B, H, W) the percentage of its map's pixels that are less salient; ties count half."""
-    B, H, W = maps.shape
-    flat = maps.flatten(1)
-    ordered = flat.sort(dim=1).values.contiguous()
-    below = torch.searchsorted(ordered, flat) + torch.searchsorted(ordered, flat, right=True)
-    return (50. * below / (H * W)).view(B, H, W)
-
-
-def permutation_test(differences: torch.Tensor) -> float:
-    """Two-sided p that paired differences (B,) have mean zero: their signs are drawn anew 10,000 times."""
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(2, (_PERMUTATIONS, len(differences)), generator=generator, dtype=torch.int8)
-    means = (2. * signs.double() - 1) @ differences.double() / len(differences)
-    # The observed signs are one of the permutations, so p is never 0.
-    extreme = (means.abs() >= differences.double().mean().abs() - 1e-12).sum().item()
-    return (extreme + 1) / (_PERMUTATIONS + 1)
-
-
-def format_study(found: Sequence[Comparison]) -> str:
-    """A table in Markdown."""
-    lines = ['| model | difference | tokens | points, 95 % interval | larger |', '|---' * 5 + '|']
-    for c in found:
-        p = '' if c.p is None else f' (p = {c.p:.4f})'
-        lines.append(
-            f'| {c.model} | {c.what} | {c.n_tokens} | {c.difference:+.1f} ± {c.interval:.1f}{p} | {c.finding} |')
-    return '\n'.join(lines)
-
-
-def draw_study(found: Sequence[Comparison]) -> Figure:
-    """Differences by budget with their intervals, a panel for each kind of difference."""
-    from matplotlib.figure import Figure
-
-    kinds = list(dict.fromkeys(c.what for c in found))
-    models = list(dict.fromkeys(c.model for c in found))
-    columns = min(2, len(kinds))
-    rows = math.ceil(len(kinds) / columns)
-    figure = Figure(figsize=(4.2 * columns, 2.6 * rows + 0.4), layout='constrained')
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    for ax, what in zip(axes.flat, kinds):
-        for i, model in enumerate(models):
-            own = [c for c in found if (c.what, c.model) == (what, model)]
-            at = [j + 0.12 * (i - (len(models) - 1) / 2) for j in range(len(own))]
-            ax.errorbar(at, [c.difference for c in own], [c.interval for c in own], label=model, capsize=3,
-                        marker='os^D'[i % 4], linestyle='', color=('#0072b2', '#e69f00', '#009e73', '#cc79a7')[i % 4])
-            ax.set_xticks(range(len(own)), [str(c.n_tokens) for c in own])
-        ax.axhline(0, color='#808080', linewidth=1)
-        ax.set_title(what, fontsize='medium')
-        ax.set_xlabel('tokens')
-    axes[0, 0].set_ylabel('points')
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=2, frameon=False)
-    return figure
-
-
-def _search(model: nn.Module, canvases: Canvases, n_tokens: int, folder: Path) -> OracleResult:
-    """SPoT-ON from the isotropic lattice; kept in a file, since three of the studies need the same search."""
-    file = folder / f'oracle-{weights_digest(model)[:12]}-{n_tokens}-{len(canvases.labels)}.safetensors'
-    if file.exists():
-        return OracleResult.from_safetensors(file)
-    result = optimize_positions(
-        model, to_input(canvases.pixels, model), canvases.labels, n_tokens=n_tokens, init='isotropic', **_SEARCH)
-    result.to_safetensors(file)
-    return result
-
-
-def _sampled(model: nn.Module, images: torch.Tensor, sampler: str, n_tokens: int) -> torch.Tensor:
-    return draw_placements(
-        model, images, sampler, n_tokens, spectral_residual(images), torch.arange(len(images)), seed=0)
-
-
-def _random_patches(model: nn.Module, count: int, n_tokens: int) -> torch.Tensor:
-    rows, columns = model.patch_embed.grid_size
-    centres = sample_positions('grid', rows * columns, model.patch_embed.img_size, window=model.patch_embed.window)[0]
-    return torch.stack([
-        centres[random_patches(len(centres), n_tokens, image_generator(0, i))] for i in range(count)])
-
-
-@torch.inference_mode()
-def _correct(model: nn.Module, canvases: Canvases, positions: torch.Tensor) -> torch.Tensor:
-    images = to_input(canvases.pixels, model)
-    named = [model(x, p).argmax(dim=1) for x, p in zip(images.split(128), positions.split(128))]
-    return torch.cat(named) == canvases.labels
 
 
 def _under(percentiles: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -239,17 +265,3 @@ def _under(percentiles: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     size = torch.tensor([H, W])
     pixel = (positions * size).floor().long().clamp(min=0).minimum(size - 1)
     return percentiles[torch.arange(B)[:, None], pixel[..., 0], pixel[..., 1]].mean(dim=1) / 100
-
-
-def _compare(
-        model: str,
-        what: str,
-        n_tokens: int,
-        scores: Dict[str, torch.Tensor],
-        permute: bool = False,
-) -> Comparison:
-    a, b = what.split(' - ')
-    differences = scores[a].double() - scores[b].double()
-    interval = _Z * (differences.std() / math.sqrt(len(differences))).item()
-    p = permutation_test(differences) if permute else None
-    return Comparison(model, what, n_tokens, 100 * differences.mean().item(), 100 * interval, p)

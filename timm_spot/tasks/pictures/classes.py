@@ -1,8 +1,9 @@
 """Do the labels of a data set mean what a model's classes mean? As far as both say."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, List, Sequence, Set
+from typing import Protocol
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
@@ -10,13 +11,20 @@ from torch import nn
 from .files import printable
 from .images import picture_channels
 
-if TYPE_CHECKING:
-    from .datasets import Pictures
-
 _SHOWN = 5
 
 
-def load_class_map(file: str, root: str = '') -> Dict[str, int]:
+class Labelled(Protocol):
+    """What `Pictures` say of their labels."""
+
+    source: str
+    class_map: str
+    class_to_idx: dict[str, int]
+    has_labels: bool
+    is_named: bool
+
+
+def load_class_map(file: str, root: str = '') -> dict[str, int]:
     """Names of classes and their numbers, from a text file with a name a line in the order of the classes.
 
     Args:
@@ -44,13 +52,13 @@ def load_class_map(file: str, root: str = '') -> Dict[str, int]:
     return {name: i for i, name in enumerate(names)}
 
 
-def label_names(model: nn.Module) -> List[str]:
+def label_names(model: nn.Module) -> list[str]:
     """Names that the folders of a model's classes have: its config's own; none where it does not say."""
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
     return list(names) if names and len(names) == model.num_classes else []
 
 
-def check_classes(pictures: Pictures, model: nn.Module) -> None:
+def check_classes(pictures: Labelled, model: nn.Module) -> None:
     """Check that a model can read the pictures of a data set, and that their labels are its classes.
 
     Raises:
@@ -62,7 +70,7 @@ def check_classes(pictures: Pictures, model: nn.Module) -> None:
         raise ValueError(mismatch)
 
 
-def class_mismatch(pictures: Pictures, model: nn.Module) -> str:
+def class_mismatch(pictures: Labelled, model: nn.Module) -> str:
     """Why the labels of a data set are not a model's classes; '' where they are, as far as both say.
 
     They are where both have the same names under the same numbers; a name that is its own number is right as well.
@@ -77,11 +85,13 @@ def class_mismatch(pictures: Pictures, model: nn.Module) -> str:
     remedy = ('labels would be wrong. Every class needs its folder; or give --class-map, a .txt with the names of the '
               "folders in the order of the model's classes, one a line.")
     wanted = label_names(model) or _imagenet_names(model, found)
-    if len(found) != model.num_classes:
+    names = [''] * (max(found.values()) + 1)
+    for name, i in found.items():
+        names[i] = name
+    if len(names) != model.num_classes:
         missing = [name for name in wanted if name not in found]
         said = f' (missing: {_shorten(missing)})' if wanted and set(found) < set(wanted) else ''
-        return f'{source} has {len(found)} classes, the model {model.num_classes}{said}: {remedy}'
-    names = sorted(found, key=found.__getitem__)
+        return f'{source} has {len(names)} classes, the model {model.num_classes}{said}: {remedy}'
     wrong = [] if pictures.class_map or not wanted else _differing(names, wanted, pictures.is_named)
     if not wrong:
         return ''
@@ -89,7 +99,7 @@ def class_mismatch(pictures: Pictures, model: nn.Module) -> str:
             f'{names[wrong[0]]!r} and {wanted[wrong[0]]!r}): {remedy}')
 
 
-def _imagenet_names(model: nn.Module, found: Sequence[str]) -> List[str]:
+def _imagenet_names(model: nn.Module, found: Sequence[str]) -> list[str]:
     """Names of an ImageNet's classes as a data set writes them, synsets or descriptions; none where it is another."""
     subset = infer_imagenet_subset(model)
     if not subset:
@@ -101,7 +111,7 @@ def _imagenet_names(model: nn.Module, found: Sequence[str]) -> List[str]:
     return []
 
 
-def _differing(names: Sequence[str], wanted: Sequence[str], freely: bool) -> List[int]:
+def _differing(names: Sequence[str], wanted: Sequence[str], freely: bool) -> list[int]:
     """Numbers of the classes with other names.
 
     Of a data set that numbers its classes itself (`freely`) names may be spelled otherwise, and a few may differ: those
@@ -113,7 +123,7 @@ def _differing(names: Sequence[str], wanted: Sequence[str], freely: bool) -> Lis
     return [] if freely and 2 * len(wrong) < len(names) else wrong
 
 
-def _spellings(name: str) -> Set[str]:
+def _spellings(name: str) -> set[str]:
     """`Tench, Tinca tinca` has two."""
     return {part.strip().casefold().replace('_', ' ') for part in name.split(',')}
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -71,7 +72,7 @@ class Decoded:
             source=pictures.source, pictures=pictures.digest(), transform=str(self.transform), batch_size=batch_size)
         self.parts = KeptParts(folder / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12], key)
         self.count = 0 if pictures.is_stream else -(-len(pictures) // batch_size)
-        self.broken: List[str] = []
+        self.broken: list[str] = []
         if pictures.is_stream and processes.count > 1:
             raise ValueError(
                 f'{pictures.source} is a stream, which several processes cannot share without counting pictures '
@@ -123,7 +124,7 @@ class Decoded:
     def _rows(self, b: int) -> range:
         return range(b * self.batch_size, min((b + 1) * self.batch_size, len(self.pictures)))
 
-    def _read_broken(self, b: int) -> Optional[List[str]]:
+    def _read_broken(self, b: int) -> list[str] | None:
         """What is wrong with the pictures that a batch lacks; None where it is still to be made, or damaged."""
         try:
             with safe_open(self.parts.file(b), framework='pt') as file:
@@ -132,12 +133,12 @@ class Decoded:
             return None
         return None if found is None else json.loads(found)
 
-    def _refuse(self, broken: List[str]) -> None:
+    def _refuse(self, broken: list[str]) -> None:
         if broken and not self.skip_broken:
             raise ValueError(f'{broken[0]} --skip-broken leaves such pictures out, and lists them.')
 
     def _decode_stream(self, progress: Callable[[int], Any]) -> None:
-        loaded: List[_Loaded] = []
+        loaded: list[_Loaded] = []
         for i, (picture, label) in enumerate(self.pictures):
             loaded.append(_Loaded(i, self.transform(picture), label, ''))
             progress(1)
@@ -148,7 +149,7 @@ class Decoded:
             self._write(self.count, loaded)
             self.count += 1
 
-    def _write(self, b: int, loaded: List[_Loaded]) -> None:
+    def _write(self, b: int, loaded: list[_Loaded]) -> None:
         good = [one for one in loaded if not one.broken]
         broken = [one.broken for one in loaded if one.broken]
         self._refuse(broken)
@@ -163,7 +164,7 @@ class Decoded:
 
 class _Loaded(NamedTuple):
     index: int
-    pixels: Optional[torch.Tensor]
+    pixels: torch.Tensor | None
     label: int
     broken: str
 

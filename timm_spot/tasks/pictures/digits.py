@@ -7,7 +7,6 @@ tokens lie; the shipped `spot_vit_pico_patch8_64.digits` is trained on them.
 from __future__ import annotations
 
 import math
-from typing import Tuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ CANVAS = 64
 _STROKES = 4
 
 
-def load_digits(split: str) -> Tuple[torch.Tensor, torch.Tensor]:
+def load_digits(split: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Scanned digits of one split; every fifth digit is held out.
 
     Args:

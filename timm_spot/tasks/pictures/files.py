@@ -11,20 +11,21 @@ import os
 import re
 import stat
 import tarfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import BinaryIO, NamedTuple
 
 from timm.data import get_img_extensions
 from timm.data.readers import create_reader
 
 
-def printable(name: Union[str, os.PathLike]) -> str:
+def printable(name: str | os.PathLike) -> str:
     """A file's name as any terminal shows it: bytes that are no UTF-8, and control characters, as escapes."""
     text = os.fsencode(name).decode('utf-8', 'backslashreplace')
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
 
 
-def open_regular(path: Union[str, os.PathLike]) -> BinaryIO:
+def open_regular(path: str | os.PathLike) -> BinaryIO:
     """Open a file to read its bytes.
 
     Raises:
@@ -51,7 +52,7 @@ class Entry(NamedTuple):
     folder: str
     file: str
     start: int = 0
-    size: Optional[int] = None
+    size: int | None = None
 
     def open(self) -> BinaryIO:
         """The bytes of the picture; raises OSError, and ValueError for what is no regular file."""
@@ -63,14 +64,14 @@ class Entry(NamedTuple):
             return io.BytesIO(file.read(self.size))
 
 
-def find_pictures(sources: Sequence[Union[str, os.PathLike]]) -> Tuple[List[Entry], List[str]]:
+def find_pictures(sources: Sequence[str | os.PathLike]) -> tuple[list[Entry], list[str]]:
     """Pictures named by files, folders (searched recursively), tars and glob patterns, in order, each once.
 
     Returns:
         The pictures, and what is wrong with sources that name none, or only in part.
     """
-    found: Dict[str, Entry] = {}
-    broken: List[str] = []
+    found: dict[str, Entry] = {}
+    broken: list[str] = []
     for source in map(os.fspath, sources):
         try:
             entries = list_source(source, broken.append)
@@ -81,7 +82,7 @@ def find_pictures(sources: Sequence[Union[str, os.PathLike]]) -> Tuple[List[Entr
     return list(found.values()), broken
 
 
-def find_images(sources: Sequence[Union[str, os.PathLike]]) -> List[Path]:
+def find_images(sources: Sequence[str | os.PathLike]) -> list[Path]:
     """Files of pictures, as `find_pictures` lists them.
 
     Raises:
@@ -93,7 +94,7 @@ def find_images(sources: Sequence[Union[str, os.PathLike]]) -> List[Path]:
     return [Path(entry.name) for entry in entries]
 
 
-def list_source(source: str, on_error: Callable[[str], None]) -> List[Entry]:
+def list_source(source: str, on_error: Callable[[str], None]) -> list[Entry]:
     """Pictures of one file, folder, tar or glob pattern.
 
     Args:
@@ -120,14 +121,14 @@ def list_source(source: str, on_error: Callable[[str], None]) -> List[Entry]:
     return [Entry(file, '', file) for file in files]
 
 
-def list_folder(root: str, on_error: Callable[[str], None]) -> List[Entry]:
+def list_folder(root: str, on_error: Callable[[str], None]) -> list[Entry]:
     """Pictures below a folder by timm's suffixes, in natural order of their paths, as timm's reader lists them.
 
     A link to a folder is followed, unless it leads back to a folder around it.
     """
     extensions = get_img_extensions(as_set=True)
     entries = []
-    stack: List[Tuple[str, str, Tuple[Tuple[int, int], ...]]] = [(os.fspath(root), '', ())]
+    stack: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(os.fspath(root), '', ())]
     while stack:
         path, folder, around = stack.pop()
         try:
@@ -147,7 +148,7 @@ def list_folder(root: str, on_error: Callable[[str], None]) -> List[Entry]:
     return sorted(entries, key=lambda entry: natural_order(entry.name))
 
 
-def list_tar(tar: str) -> List[Entry]:
+def list_tar(tar: str) -> list[Entry]:
     """Pictures in a tar, or in tars inside it, with the names of their folders as timm's reader has them.
 
     Raises:
@@ -161,11 +162,12 @@ def list_tar(tar: str) -> List[Entry]:
     entries = []
     for (member, _, inner), label in zip(reader.samples, reader.targets):
         start = member.offset_data + (inner.offset_data if inner is not None else 0)
-        entries.append(Entry(f'{tar}/{member.name}', reader.class_idx_to_name[label], tar, start, member.size))
+        name = os.path.join(tar, os.path.normpath(member.name.lstrip('/')))
+        entries.append(Entry(name, reader.class_idx_to_name[label], tar, start, member.size))
     return entries
 
 
-def natural_order(name: str) -> List[Union[str, int]]:
+def natural_order(name: str) -> list[str | int]:
     """Key by which 2.png comes before 10.png, as timm sorts."""
     parts = re.split(r'(\d+)', name.lower())
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]

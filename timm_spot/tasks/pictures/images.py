@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Callable, Optional, Tuple, TypeVar, Union
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ class PictureError(ValueError):
     """A picture that cannot be read; says which one and why."""
 
 
-def read_picture(file: Union[str, os.PathLike, BinaryIO], name: Optional[str] = None) -> Image.Image:
+def read_picture(file: str | os.PathLike | BinaryIO, name: str | None = None) -> Image.Image:
     """Read one picture: the first one of its file, upright (EXIF), in 8-bit RGB.
 
     Args:
@@ -50,15 +51,15 @@ def read_picture(file: Union[str, os.PathLike, BinaryIO], name: Optional[str] = 
         PictureError: It is no picture, damaged, larger than PIL's limit, longer than `MAX_RATIO` times its other
             side, or of an unknown range of values.
     """
-    return _read(file, name, lambda picture: upright(picture, to_rgb(picture)))
+    return _read(file, name, to_upright_rgb)
 
 
-def picture_size(file: Union[str, os.PathLike, BinaryIO], name: Optional[str] = None) -> Tuple[int, int]:
+def picture_size(file: str | os.PathLike | BinaryIO, name: str | None = None) -> tuple[int, int]:
     """Width and height of a picture as `read_picture` gives it."""
     return _read(file, name, lambda picture: upright(picture, picture).size)
 
 
-def read_grey(file: Union[str, os.PathLike]) -> np.ndarray:
+def read_grey(file: str | os.PathLike) -> np.ndarray:
     """Brightness (H, W) of a picture, upright, at the depth at which it is stored: 8, 16 or 32 bits."""
     def convert(picture: Image.Image) -> np.ndarray:
         deep = picture.mode in ('F', 'I') or picture.mode.startswith('I;16')
@@ -68,8 +69,8 @@ def read_grey(file: Union[str, os.PathLike]) -> np.ndarray:
 
 
 def _read(
-        file: Union[str, os.PathLike, BinaryIO],
-        name: Optional[str],
+        file: str | os.PathLike | BinaryIO,
+        name: str | None,
         convert: Callable[[Image.Image], _T],
 ) -> _T:
     said = printable(file if name is None else name)
@@ -98,6 +99,17 @@ def _check_ratio(picture: Image.Image) -> None:
     width, height = picture.size
     if max(width, height) > MAX_RATIO * min(width, height):
         raise ValueError(f'it has {width} x {height} pixels, and no side may be {MAX_RATIO:,} times the other')
+
+
+def to_upright_rgb(picture: Image.Image) -> Image.Image:
+    """A picture as all is read: of any mode in 8-bit RGB, turned as its EXIF data say, which it then has no more.
+
+    Raises:
+        ValueError: See `to_rgb`.
+    """
+    picture = upright(picture, to_rgb(picture))
+    picture.info.clear()  # whoever turns pictures after us must not do it twice
+    return picture
 
 
 def upright(picture: Image.Image, converted: Image.Image) -> Image.Image:
@@ -138,7 +150,7 @@ def _check_sixteen_bits(picture: Image.Image) -> None:
         raise ValueError(f'{what}, which is not understood: save it with 8 bits, or 16 whose zero is black')
 
 
-def load_image(path: Union[str, os.PathLike], transform: Callable[[Image.Image], torch.Tensor]) -> torch.Tensor:
+def load_image(path: str | os.PathLike, transform: Callable[[Image.Image], torch.Tensor]) -> torch.Tensor:
     """Read one picture and take it through a transform, to (C, H, W).
 
     Raises:

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import timm
@@ -14,18 +14,19 @@ from torch import nn
 from torchvision.transforms import Grayscale
 
 from ...models.attention_saliency import attention_saliency
+from ...models.placement import SampledPlacer
 from ...ops.saliency import normalize_saliency, spectral_residual
 from ...ops.samplers import get_sampler
 from .files import open_regular, printable
 from .images import model_normalization, picture_size, read_grey
 
-SaliencySource = Callable[[torch.Tensor, Sequence[Union[str, Path]]], torch.Tensor]
+SaliencySource = Callable[[torch.Tensor, Sequence[str | Path]], torch.Tensor]
 _SUFFIXES = ('.npy', '.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 
 
 def load_saliency(
-        folder: Union[str, Path],
-        images: Sequence[Union[str, Path]],
+        folder: str | Path,
+        images: Sequence[str | Path],
         transform: Callable[[Image.Image], torch.Tensor],
 ) -> torch.Tensor:
     """Saliency maps of images from a folder that holds one file with the stem of each.
@@ -50,7 +51,7 @@ def load_saliency(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f'folder={str(folder)!r} is no folder of saliency maps.')
-    found: Dict[str, List[Path]] = defaultdict(list)
+    found: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in _SUFFIXES:
             found[path.stem].append(path)
@@ -96,7 +97,7 @@ def _read_map(path: Path) -> np.ndarray:
 
 def _transform_map(
         values: np.ndarray,
-        size: Tuple[int, int],
+        size: tuple[int, int],
         transform: Callable[[Image.Image], torch.Tensor],
 ) -> torch.Tensor:
     """Take a map through what happens to its image of (width, height) pixels before that is a tensor."""
@@ -133,7 +134,7 @@ def saliency_source(source: str, model: nn.Module, transform: Callable[[Image.Im
         vit = timm.create_model(name, pretrained=True).eval()
         ours, its = model_normalization(model), model_normalization(vit)
 
-        def attend(images: torch.Tensor, paths: Sequence[Union[str, Path]]) -> torch.Tensor:
+        def attend(images: torch.Tensor, paths: Sequence[str | Path]) -> torch.Tensor:
             pictures = ours.undo(images)
             if len(ours.mean) != len(its.mean):  # one of the two reads grey
                 pictures = pictures.mean(dim=1, keepdim=True).expand(-1, len(its.mean), -1, -1)
@@ -147,10 +148,10 @@ def saliency_source(source: str, model: nn.Module, transform: Callable[[Image.Im
 
 def choose_prior(
         model: nn.Module,
-        sampler: Optional[str],
-        saliency: Optional[str],
+        sampler: str | None,
+        saliency: str | None,
         transform: Callable[[Image.Image], torch.Tensor],
-) -> Callable[[torch.Tensor, Sequence[Union[str, Path]]], None]:
+) -> Callable[[torch.Tensor, Sequence[str | Path]], None]:
     """Give a model the prior that a command line asks for.
 
     Args:
@@ -163,8 +164,14 @@ def choose_prior(
         A function to call with each batch (images, files) before the model: it gives the model the batch's maps.
 
     Raises:
-        ValueError: An unknown sampler, or a saliency that the sampler has no use for.
+        ValueError: An unknown sampler, a saliency that the sampler has no use for, or either for a model whose placer
+            looks for itself.
     """
+    if not isinstance(model.placer, SampledPlacer):
+        if sampler is not None or saliency is not None:
+            raise ValueError(
+                f'sampler={sampler!r} and saliency={saliency!r} are of no use: {model.placer.source} places tokens.')
+        return lambda images, paths: None
     sampler = sampler or (model.placer.prior.sampler if saliency is None else 'salient')
     if 'saliency' not in get_sampler(sampler).keywords:
         if saliency is not None:

@@ -1,1 +1,1 @@
-"""Tables, plots and one page from the rows of an evaluation (extra `viz`)."""
+"""Tables, plots and one page from the results of an evaluation (extra `viz`)."""

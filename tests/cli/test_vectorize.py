@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+from commands import run
+from PIL import Image
+
+
+def test_vectorize(dht, tmp_path):
+    result = run('vectorize', dht / 'noise.png', '--out', tmp_path / 'svg', '--regions', 20, '--max-side', 32)
+    assert result.exit_code == 0, result.output
+    root = ET.parse(tmp_path / 'svg' / 'noise.svg').getroot()
+    assert root.attrib == dict(width='32', height='32')
+
+
+def test_vectorize_overwrites_none_of_its_own(tmp_path):
+    for name in ('a.png', 'a.jpg'):
+        Image.new('RGB', (8, 8)).save(tmp_path / name)
+    result = run('vectorize', tmp_path, '--out', tmp_path / 'svg')
+    assert result.exit_code == 1 and 'would both be' in result.output
+    assert not (tmp_path / 'svg').exists()
+
+
+def test_vectorize_of_odd_pictures(odd, tmp_path):
+    result = run('vectorize', odd, '--out', tmp_path)
+    assert result.exit_code == 0, result.output
+    for file in odd.iterdir():
+        with Image.open(file) as picture:
+            root = ET.parse(tmp_path / f'{file.stem}.svg').getroot()
+            assert (root.attrib['width'], root.attrib['height']) == tuple(map(str, picture.size))
+
+
+def test_unknown_range_is_refused(tmp_path):
+    Image.fromarray(np.zeros((20, 20), np.float32)).save(tmp_path / 'depth.tiff')
+    result = run('vectorize', tmp_path / 'depth.tiff', '--out', tmp_path)
+    assert result.exit_code == 1 and 'its pixels have 32 bits (mode F)' in result.output
+
+
+def test_good_pictures_among_bad_ones_are_drawn(tmp_path):
+    folder = tmp_path / 'pictures'
+    folder.mkdir()
+    for name in ('a.png', 'c.png'):
+        Image.effect_noise((12, 10), 90).save(folder / name)
+    (folder / 'b.png').write_bytes((folder / 'a.png').read_bytes()[:60])
+    result = run('vectorize', folder, '--out', tmp_path / 'svg')
+    assert result.exit_code == 1
+    assert [line.split()[0] for line in result.stdout.splitlines()] == [f'{tmp_path}/svg/{n}.svg' for n in 'ac']
+    assert result.stderr.startswith('error: ') and 'b.png' in result.stderr and result.stderr.count('\n') == 1
+    assert sorted(file.name for file in (tmp_path / 'svg').iterdir()) == ['a.svg', 'c.svg']
+
+
+def test_what_is_there_is_not_overwritten_silently(tmp_path):
+    Image.effect_noise((12, 10), 90).save(tmp_path / 'a.png')
+    (tmp_path / 'a.svg').write_text('mine')
+    given = ('vectorize', tmp_path / 'a.png', '--out', tmp_path)
+    result = run(*given)
+    assert result.exit_code == 1 and 'a.svg is there already: give --overwrite' in result.stderr
+    assert (tmp_path / 'a.svg').read_text() == 'mine'
+    assert run(*given, '--overwrite').exit_code == 0
+    assert ET.parse(tmp_path / 'a.svg').getroot().attrib == dict(width='12', height='10')
+
+
+@pytest.mark.parametrize('options, says', [
+    (['--stroke', 'nan'], 'stroke=nan'), (['--stroke', '-1'], 'stroke=-1'), (['--tolerance', 'nan'], 'tolerance=nan'),
+    (['--tolerance', 'inf'], 'tolerance=inf'), (['--smoothing', '0'], 'smoothing=0'),
+    (['--smoothing', '50'], 'smoothing=50'), (['--longest-edge', '0'], 'longest_edge=0'),
+    (['--longest-edge', 'nan'], 'longest_edge=nan'), (['--regions', '0'], 'regions=0'),
+    (['--regions', '1000000000000'], 'regions=1000000000000'), (['--max-side', '0'], 'max_side=0'),
+    (['--device', 'gpu'], "device='gpu' is no device"),
+])
+def test_nonsense_is_refused_before_anything_is_made(tmp_path, options, says):
+    Image.new('RGB', (8, 8)).save(tmp_path / 'a.png')
+    result = run('vectorize', tmp_path, '--out', tmp_path / 'svg', *options)
+    assert result.exit_code == 1 and says in result.stderr and result.stderr.count('\n') == 1
+    assert [file.name for file in tmp_path.iterdir()] == ['a.png']

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from commands import run
+from safetensors.torch import save_file
+
+
+def test_convert_then_dry_run_of_push(tmp_path, pico):
+    save_file(pico.state_dict(), tmp_path / 'pico.safetensors')
+    out = str(tmp_path / 'out')
+    result = run('convert', str(tmp_path / 'pico.safetensors'), out, '--model', 'spot_vit_pico_patch8_64')
+    assert result.exit_code == 0, result.output
+    assert f'mapped        {len(pico.state_dict())} tensors' in result.output
+    assert 'verified      loaded back' in result.output
+    assert f"'local-dir:{out}'" in result.output
+
+    (tmp_path / 'out' / 'notes.txt').write_text('mine')
+    result = run('push', out, 'lab/pico', '--dry-run', '--private', '--revision', 'v1')
+    assert result.exit_code == 0, result.output
+    assert 'would send model.safetensors' in result.output and 'to lab/pico@v1 (private)' in result.output
+    assert 'notes.txt is no part of the model' in result.output
+
+
+def test_convert_and_push_report_mistakes_in_one_line(tmp_path):
+    result = run('convert', str(tmp_path / 'no.pth'), str(tmp_path / 'out'))
+    assert result.exit_code == 1 and 'no.pth is no file' in result.output and 'Traceback' not in result.output
+    result = run('push', str(tmp_path), 'lab/name', '--dry-run')
+    assert result.exit_code == 1 and 'lacks model.safetensors' in result.output
+
+
+def test_export_refuses_models_that_place_no_tokens(dht, tmp_path):
+    result = run('export', f'local-dir:{dht}/model', tmp_path / 'x.onnx')
+    assert result.exit_code == 1 and 'tokens are regions that it finds itself' in result.output
