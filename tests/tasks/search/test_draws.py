@@ -97,16 +97,18 @@ def test_a_saliency_that_is_not_needed_is_not_computed(tiny):
 
 def test_positions_in_pixels_are_refused():
     pixels = 224 * torch.rand(3, 9, 2, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match=r'shape \(3, 9, 2\) lies mostly outside .*largest value is 22.*by \(64, 64\)'):
-        check_start(pixels, IMAGES)
-    with pytest.raises(ValueError, match='lies mostly outside'):
-        check_start(-pixels, IMAGES)
+    for wrong in (pixels, -pixels):
+        with pytest.raises(ValueError, match=r'divide pixels by \(64, 64\)'):
+            check_start(wrong, IMAGES)
+    near = torch.full((3, 9, 2), 3.5)  # near enough for windows, but nowhere near for a start
+    with pytest.raises(ValueError, match=r'shape \(3, 9, 2\) lies mostly outside .*value is 3\.5: .*by \(64, 64\)'):
+        check_start(near, IMAGES)
     with pytest.raises(ValueError, match='NaN or infinity'):
         check_start(torch.full((3, 9, 2), torch.nan), IMAGES)
     # What a search itself may reach: somewhat outside, or a few of the tokens far away.
     check_start(torch.rand(3, 9, 2) * 3 - 1, IMAGES)
     few = torch.rand(3, 9, 2)
-    few[:, :4] = 50.
+    few[:, :4] = 4.
     check_start(few, IMAGES)
 
 

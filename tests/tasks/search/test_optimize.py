@@ -319,7 +319,7 @@ def test_nan_names_the_image(tiny, images):
     (dict(init=torch.rand(4, 9, 2), n_tokens=8), ValueError, 'n_tokens=8, but init'),
     (dict(n_tokens=0), ValueError, 'n_tokens=0'),
     (dict(n_tokens=10 ** 12), ValueError, 'n_tokens=1000000000000 is more than the 4096 pixels'),
-    (dict(init=224. * torch.rand(4, 9, 2)), ValueError, 'lies mostly outside .*: positions are .* in .0, 1.. Divide'),
+    (dict(init=224. * torch.rand(4, 9, 2)), ValueError, r'fractions of the image, .* divide pixels by \(64, 64\)'),
     (dict(init='sampled_by_me'), ValueError, "'sampled_by_me' is unknown"),
     (dict(images=torch.rand(4, 1, 64, 64)), ValueError, r'\(4, 1, 64, 64\) have 1 channels, the model takes 3'),
     (dict(tol=math.nan), ValueError, 'tol=nan must be a finite number'),

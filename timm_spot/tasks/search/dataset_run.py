@@ -85,16 +85,7 @@ def run_oracle(
         _refuse(pictures.broken)
     parts = KeptParts(out.with_name(f'{out.name}.parts'), plan.key())
     if not out.exists():
-        read_maps = saliency_source(saliency, model, plan.transform) if saliency is not None else None
-        with lock_output(out):
-            if not out.exists():  # else another run has just ended
-                remove_leftovers(out.parent, out.name)
-                parts.open()
-                try:
-                    count = _make_parts(plan, parts, read_maps, workers, skip_broken, progress)
-                    _join(plan, parts, count, skip_broken, out)
-                finally:
-                    parts.remove_empty()
+        _carry_out(plan, parts, out, workers, skip_broken, progress)
     _check_result(out, parts.key, skip_broken)
     if parts.folder.exists():
         with lock_output(out):
@@ -105,6 +96,30 @@ def run_oracle(
 def list_broken(out: str | Path) -> list[str]:
     """What is wrong with the pictures that a result leaves out."""
     return _read_header(Path(out)).get('broken', [])
+
+
+def _carry_out(
+        plan: Plan,
+        parts: KeptParts,
+        out: Path,
+        workers: int,
+        skip_broken: bool,
+        progress: Progress,
+) -> None:
+    """Write `out`, alone."""
+    read_maps = None
+    if plan.saliency is not None:
+        read_maps = saliency_source(plan.saliency, plan.model, plan.transform)
+    with lock_output(out):
+        if out.exists():  # another run has just ended
+            return
+        remove_leftovers(out.parent, out.name)
+        parts.open()
+        try:
+            count = _make_parts(plan, parts, read_maps, workers, skip_broken, progress)
+            _join(plan, parts, count, skip_broken, out)
+        finally:
+            parts.remove_empty()
 
 
 def _make_parts(

@@ -31,7 +31,7 @@ def starting_positions(
     check_init(model, init)
     n_tokens = check_budget(model, n_tokens, size)
     if names_placer(init):
-        return _with_budget(model, n_tokens).place(images).detach().clone()
+        return _with_budget(model, n_tokens).place(images).detach()  # a copy already
     prior, window = model.placer.prior, model.patch_embed.window
     maps = None
     if 'saliency' in get_sampler(init).keywords:
