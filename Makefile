@@ -24,7 +24,7 @@ test: .venv/.installed  ## Run the tests
 lint: .venv/.installed  ## Check style and types
 	@echo "== ruff"
 	$(BIN)/ruff check .
-	@echo "== mypy: strict in ops/, complete signatures everywhere (a minute the first time, then seconds)"
+	@echo "== mypy: strict in ops/, complete signatures everywhere (a minute of processor time at first, then seconds)"
 	$(BIN)/mypy
 
 timm-test: .venv/.installed  ## Run timm's own model tests, from its source distribution, on our names

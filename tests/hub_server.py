@@ -4,13 +4,36 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Dict, List, Optional, Set
 from urllib.parse import unquote
 
+import timm_spot
+
 Files = Dict[str, bytes]
+
+# The client reads its settings when it is imported, so it runs in a process of its own: code in, `result` out.
+CLIENT = """
+import json, sys
+import timm, torch, timm_spot
+from timm_spot.tasks.publishing.hub import push_folder
+from timm_spot.tasks.publishing.convert import convert
+replies, sys.stdout = sys.stdout, sys.stderr
+scope = dict(globals())
+for line in sys.stdin:
+    try:
+        exec(json.loads(line), scope)
+        reply = dict(result=scope.get('result'))
+    except Exception as e:
+        reply = dict(error=type(e).__name__, message=str(e))
+    print(json.dumps(reply), file=replies, flush=True)
+"""
 
 
 class HubServer:
@@ -21,6 +44,7 @@ class HubServer:
         requests: 'METHOD path' of every request, in order.
         drops: File names whose next download stops half-way; one with '!' appended stops every time.
         damaged: File names that are sent with one byte changed.
+        failing: File names that are answered with 503 (service unavailable).
     """
 
     def __init__(self) -> None:
@@ -30,6 +54,7 @@ class HubServer:
         self.requests: List[str] = []
         self.drops: Set[str] = set()
         self.damaged: Set[str] = set()
+        self.failing: Set[str] = set()
         handler = type('Handler', (_Handler,), dict(hub=self))
         self._http = ThreadingHTTPServer(('127.0.0.1', 0), handler)
         self.url = f'http://127.0.0.1:{self._http.server_port}'
@@ -47,7 +72,14 @@ class HubServer:
 
 
 def is_lfs(name: str) -> bool:
-    return name.endswith('.safetensors')
+    return name.endswith(('.safetensors', '.bin', '.pth'))
+
+
+def checksum(name: str, content: bytes) -> str:
+    """What the Hub lists of a file: SHA-256 of large ones, git's own of all others."""
+    if is_lfs(name):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(f'blob {len(content)}\0'.encode() + content).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -93,6 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
         files = branches.get(revision) or by_commit.get(revision)
         if files is None:
             return self.reply(404, X_Error_Code='RevisionNotFound')
+        if name in self.hub.failing:
+            return self.reply(503)
         if name not in files:
             return self.reply(404, X_Error_Code='EntryNotFound', X_Repo_Commit=self.hub.commit_of(files))
         self.send_file(name, files)
@@ -101,8 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_file(self, name: str, files: Files) -> None:
         content = files[name]
-        checksum = (hashlib.sha256 if is_lfs(name) else hashlib.sha1)(content).hexdigest()
-        headers = dict(X_Repo_Commit=self.hub.commit_of(files), ETag=f'"{checksum}"', Accept_Ranges='bytes')
+        headers = dict(
+            X_Repo_Commit=self.hub.commit_of(files), ETag=f'"{checksum(name, content)}"', Accept_Ranges='bytes')
         if name in self.hub.damaged:
             middle = len(content) // 2
             content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
@@ -190,3 +224,27 @@ class _Handler(BaseHTTPRequestHandler):
 def find_request(server: HubServer, pattern: str) -> Optional[str]:
     """The first request so far that matches a regular expression."""
     return next((r for r in server.requests if re.search(pattern, r)), None)
+
+
+class Client:
+    """A process with the real client of the Hub, of which a server on the loopback is the endpoint."""
+
+    def __init__(self, server: HubServer, home: Path, **env: str) -> None:
+        env = dict(
+            os.environ, HF_ENDPOINT=server.url, HF_HOME=str(home), HF_TOKEN='hf_test', HF_HUB_DISABLE_XET='1',
+            HF_HUB_DISABLE_TELEMETRY='1', HF_HUB_DISABLE_PROGRESS_BARS='1', **env)
+        env['PYTHONPATH'] = os.pathsep.join([str(Path(timm_spot.__file__).parent.parent), env.get('PYTHONPATH', '')])
+        self.process = subprocess.Popen(
+            [sys.executable, '-c', CLIENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+    def __call__(self, code: str, **values: object) -> dict:
+        """Run code with some names set; its `result`, or the error's name and message."""
+        names = '\n'.join(f'{k} = {v!r}' for k, v in values.items())
+        self.process.stdin.write(json.dumps(f'result = None\n{names}\n{code}') + '\n')
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+        self.process.stdout.close()

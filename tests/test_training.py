@@ -132,31 +132,6 @@ def test_random_budgets_compile():
     assert graphs[1:] == [graphs[1]] * 7  # once for the first budget, once for all others
 
 
-@pytest.mark.parametrize('train_only, name', [('position', 'patch_embed.pos_proj.weight'), ('head', 'head.weight')])
-def test_train_only_leaves_every_other_parameter_bit_identical(train_only, name):
-    model = create(n_tokens=(4, 16), sampler='uniform', num_classes=10, train_only=train_only).train()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    optimizer = create_optimizer_v2(model, 'adamw', lr=1e-2, weight_decay=0.1)
-    for _ in range(50):
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(torch.randn(2, 3, 64, 64)), torch.tensor([1, 2])).backward()
-        optimizer.step()
-    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
-    assert changed == {name} | ({'head.bias'} if train_only == 'head' else set())
-
-
-def test_train_only_of_a_retrofitted_vit():
-    model = timm.create_model('spot_retrofit', backbone='test_vit', train_only='position')
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ['patch_embed.pos_proj.weight']
-
-
-def test_train_only_what_is_not_there():
-    with pytest.raises(ValueError, match="train_only='body' must be 'position' or 'head'"):
-        create(train_only='body')
-    with pytest.raises(ValueError, match='has no head'):
-        create(train_only='head', num_classes=0)
-
-
 def groups(model, **kwargs):
     """{parameter: (learning rate's scale, weight decay)}"""
     names = {id(p): name for name, p in model.named_parameters()}

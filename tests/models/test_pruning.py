@@ -77,6 +77,26 @@ def test_masking_gives_the_logits_of_dropping(kind, scorer):
     torch.testing.assert_close(masked.tokens[:, model.num_prefix_tokens:][last], tokens.flatten(0, 1))
 
 
+@pytest.mark.parametrize('kind', ['registers', 'mean'])
+@pytest.mark.parametrize('read', ['last', 'all'])
+@torch.no_grad()
+def test_tokens_that_are_masked_are_judged_as_those_that_are_dropped(kind, read, monkeypatch):
+    """What fell at one stage counts neither in the statistics nor in the means that the next stage's predictor sees."""
+    model, x = timm_spot.sparsify(backbone(**BACKBONES[kind]), keep_rate=0.6, read=read), images()
+    for predictor in model.predictors:
+        torch.nn.init.normal_(predictor.head.weight)
+    counts = iter((10, 6, 3))
+
+    def best(scores, keep, keep_rate):
+        index = scores.masked_fill(keep == 0, -torch.inf).topk(next(counts), dim=1).indices
+        return torch.zeros_like(keep).scatter(1, index, 1.)
+
+    monkeypatch.setattr('timm_spot.models.pruning_passes.sample_mask', best)
+    masked = model.forward_masked(x)
+    assert torch.equal(masked.masks, masks_of(model, x))
+    assert (masked.logits - model(x)).abs().max() < 1e-5  # sums in another order
+
+
 @pytest.mark.parametrize('scorer', SCORERS)
 @torch.no_grad()
 def test_an_image_does_not_depend_on_its_neighbours(scorer):

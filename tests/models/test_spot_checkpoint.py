@@ -131,30 +131,6 @@ def test_unknown_checkpoint_names_its_first_keys(pico):
         checkpoint_filter_fn({'conv1.weight': torch.zeros(1), 'bn1.weight': torch.zeros(1)}, pico)
 
 
-def test_position_table_of_an_unknown_shape_is_refused(pico):
-    state_dict = timm.create_model('vit_tiny_patch16_224', img_size=(96, 224), depth=1).state_dict()
-    model = timm.create_model('spot_vit_tiny_patch16_in21k', depth=1)
-    with pytest.raises(ValueError, match='holds 84 or 85 patches, which fit neither the image size of the model'):
-        checkpoint_filter_fn(state_dict, model)
-
-
-def test_mae_weights_get_a_zero_head_and_a_warning(tmp_path):
-    mae = random_vit('vit_base_patch16_224', num_classes=0, depth=1)
-    save_file(mae.state_dict(), tmp_path / 'mae.safetensors')
-    overlay = dict(file=str(tmp_path / 'mae.safetensors'))
-    arguments = dict(pretrained=True, pretrained_cfg_overlay=overlay, depth=1)
-    with pytest.warns(UserWarning, match='no classifier: the head is zero.*train.py'):
-        model = timm.create_model('spot_vit_base_patch16_mae', **arguments).eval()
-    assert model(torch.randn(1, 3, 224, 224)).abs().max() == 0
-    torch.testing.assert_close(model.fc_norm.weight, mae.norm.weight)
-    fresh = timm.create_model('spot_vit_base_patch16_mae', num_classes=7, **arguments)
-    assert fresh.head.weight.abs().max() > 0
-    features = timm.create_model('spot_vit_base_patch16_mae', num_classes=0, **arguments).eval()
-    images = torch.randn(1, 3, 224, 224)
-    expected = mae.norm(mae.forward_intermediates(images, output_fmt='NLC')[1][-1].mean(dim=1))
-    assert relative(features(images), expected) < 2e-4
-
-
 def test_patch_size_is_resampled():
     vit = random_vit('vit_tiny_patch16_224', depth=1)
     model = timm.create_model('spot_vit_tiny_patch16_in21k', patch_size=8, depth=1)
@@ -173,10 +149,10 @@ class Bomb:
 def test_pickled_objects_are_refused_not_executed(tmp_path):
     file = tmp_path / 'weights.pth'
     torch.save({'model': Bomb()}, file)
-    with pytest.raises(RuntimeError, match='weights_only=True blocked'):
+    with pytest.raises(ValueError, match='could run any code, so nothing was loaded'):
         timm.create_model('spot_vit_pico_patch8_64', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
     file.write_bytes(pickle.dumps(Bomb(), protocol=2))
-    with pytest.raises(RuntimeError, match='weights_only=True blocked'):
+    with pytest.raises(ValueError, match='could run any code, so nothing was loaded'):
         timm.create_model('spot_vit_pico_patch8_64', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
     assert not Bomb.exploded
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import json
 
 import onnxruntime
 import pytest
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from timm.models import resolve_model_input_args
 
 import timm_spot
-from timm_spot.models import SpotPretrainedCfg
 
 PICO = 'spot_vit_pico_patch8_64'
 SAMPLERS = ['uniform', 'gaussian', 'sobol', 'isotropic', 'center', 'grid']
@@ -22,40 +20,6 @@ SAMPLERS = ['uniform', 'gaussian', 'sobol', 'isotropic', 'center', 'grid']
 def create(name=PICO, **kwargs):
     torch.manual_seed(0)
     return timm.create_model(name, **{**SMALL, **kwargs}).eval()
-
-
-def test_names_and_tags():
-    assert timm.list_models('spot_vit_*') == sorted([
-        'spot_vit_base_patch16_mae', 'spot_vit_base_patch16_in21k', 'spot_vit_base_patch16_in1k',
-        'spot_vit_tiny_patch16_in21k', 'spot_vit_small_patch16_in21k', 'spot_vit_large_patch16_in21k',
-        'spot_vit_base_patch32_in21k', 'spot_vit_large_patch16_mae', 'spot_vit_pico_patch8_64'])
-    pretrained = timm.list_pretrained('spot_vit_*')
-    assert 'spot_vit_base_patch16_mae.mae' in pretrained and f'{PICO}.digits' in pretrained
-    assert 'spot_vit_base_patch16_mae.spot_in1k' not in pretrained
-
-
-@pytest.mark.parametrize('tagged, source', [
-    ('spot_vit_base_patch16_mae.mae', 'vit_base_patch16_224.mae'),
-    ('spot_vit_base_patch16_in21k.augreg2_in21k_ft_in1k', 'vit_base_patch16_224.augreg2_in21k_ft_in1k'),
-    ('spot_vit_base_patch32_in21k.augreg_in21k_ft_in1k', 'vit_base_patch32_224.augreg_in21k_ft_in1k'),
-])
-def test_hub_tags_take_their_data_config_from_timm(tagged, source):
-    ours, theirs = timm.get_pretrained_cfg(tagged), timm.get_pretrained_cfg(source)
-    for field in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'hf_hub_id', 'license', 'classifier'):
-        assert getattr(ours, field) == getattr(theirs, field), field
-    assert ours.num_classes == 1000 and not ours.fixed_input_size
-    assert timm.get_pretrained_cfg(tagged.split('.')[0]).tag == tagged.split('.')[1]  # the default tag
-
-
-@pytest.mark.parametrize('tagged', [
-    'spot_vit_base_patch16_mae.spot_in1k', 'spot_vit_base_patch16_in21k.spot_in21k_ft_in1k',
-    'spot_vit_base_patch16_in1k.spot_in1k'])
-def test_authors_tags(tagged):
-    cfg = timm.get_pretrained_cfg(tagged)
-    assert (cfg.crop_mode, cfg.crop_pct, cfg.interpolation, cfg.convention) == ('squash', 0.875, 'bicubic', 'spot')
-    assert create(tagged).patch_embed.convention == 'spot'
-    with pytest.raises(RuntimeError, match=r'dsb-ifi.github.io/SPoT.*pretrained_cfg_overlay=dict\(file=PATH\)'):
-        timm.create_model(tagged, pretrained=True)
 
 
 @settings(max_examples=25, deadline=None)
@@ -134,38 +98,6 @@ def test_saved_config_reads_in_timm_s_scripts(tmp_path):
     assert model.n_tokens == 5 and model.patch_embed.convention == 'spot'
 
 
-def placement_of(model):
-    return model.n_tokens, model.placer.eval_prior.sampler
-
-
-def test_priority_of_the_sources(tmp_path):
-    timm.models.save_for_hf(create(n_tokens=5, sampler='uniform'), tmp_path)
-    saved = f'local-dir:{tmp_path}'
-    overlay = dict(n_tokens=7, sampler='sobol')
-    cfg = dict(input_size=(3, 64, 64), num_classes=10, n_tokens=6, sampler='gaussian')
-
-    def built(name=PICO, **kwargs):
-        return placement_of(timm.create_model(name, **kwargs))
-
-    assert built() == (64, 'isotropic')
-    assert built(pretrained_cfg=cfg, **SMALL) == (6, 'gaussian')
-    assert built(pretrained_cfg=SpotPretrainedCfg(**cfg), **SMALL) == (6, 'gaussian')
-    assert built(pretrained_cfg=cfg, pretrained_cfg_overlay=overlay) == (7, 'sobol')
-    assert built(pretrained_cfg=cfg, pretrained_cfg_overlay=overlay, n_tokens=8) == (8, 'sobol')
-    assert built(saved) == (5, 'uniform')
-    assert built(saved, pretrained_cfg_overlay=overlay) == (7, 'sobol')
-    assert built(saved, pretrained_cfg_overlay=overlay, n_tokens=8, sampler='center') == (8, 'center')
-    assert built(saved, sampler='center') == (5, 'center')
-
-    config = json.loads((tmp_path / 'config.json').read_text())
-    for name in ('n_tokens', 'sampler'):
-        del config['model_args'][name]
-    config['pretrained_cfg'].update(n_tokens=4, sampler='center')
-    (tmp_path / 'config.json').write_text(json.dumps(config))
-    assert built(saved) == (4, 'center')
-    assert built(saved, pretrained_cfg_overlay=dict(n_tokens=7)) == (7, 'center')
-
-
 def test_feature_maps_are_lattices_or_refused():
     images = torch.randn(2, 3, 64, 96)
     model = create()
@@ -188,20 +120,6 @@ def test_49_tokens_at_random_do_not_become_a_14_x_14_map():
     model = create(n_tokens=49, sampler='uniform', features_only=True, out_indices=1)
     with pytest.raises(ValueError, match="'uniform' places 49 tokens on no lattice"):
         model(torch.randn(1, 3, 112, 112))
-
-
-def test_intermediates_with_prefix_norm_and_dictionary():
-    model = create(reg_tokens=2)
-    images = torch.randn(2, 3, 64, 64)
-    result = model.forward_intermediates(
-        images, indices=[1], return_prefix_tokens=True, norm=True, output_dict=True, stop_early=True)
-    assert result['image_intermediates'][0].shape == (2, 64, 8, 8)
-    assert result['image_intermediates_prefix'][0].shape == (2, 3, 64)
-    features = model.forward_features(images)
-    torch.testing.assert_close(result['image_features'], features)
-    torch.testing.assert_close(result['image_intermediates_prefix'][0], features[:, :3])
-    pairs = model.forward_intermediates(images, indices=[1], return_prefix_tokens=True, intermediates_only=True)
-    assert len(pairs[0]) == 2
 
 
 @pytest.mark.parametrize('kwargs', [
@@ -321,12 +239,6 @@ def test_state_dict_round_trip():
     other = create(n_tokens=9, num_classes=10)
     other.load_state_dict(torch.load(buffer, weights_only=True))
     torch.testing.assert_close(other(images), model(images))
-
-
-def test_shipped_digits_load_offline():
-    model = timm.create_model(PICO, pretrained=True)
-    assert model.pretrained_cfg['label_names'] == tuple('0123456789')
-    assert model.pretrained_cfg['tag'] == 'digits'
 
 
 def test_uint8_images_are_normalised_as_the_config_says():

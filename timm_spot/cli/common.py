@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Any, Callable, Iterator
 
 import click
-import timm
 from safetensors import SafetensorError
 from torch import nn
 
 from .. import __version__
+from ..models.loading import create_checked
 from ..tasks.evaluation.families import Family, family_of
 from ..tasks.extras import install_hint
 from ..tasks.pictures.files import printable
@@ -73,7 +73,7 @@ def create_any_model(name: str, weights: str | None = None, pretrained: bool = T
     name = check_model_name(name)
     overlay = dict(file=weights) if weights else None
     try:
-        model = timm.create_model(
+        model = create_checked(
             name, pretrained=pretrained or weights is not None, pretrained_cfg_overlay=overlay, **kwargs)
     except TypeError as e:  # of a keyword that it does not take, or that its config.json sets to nonsense
         raise ValueError(f'{name} cannot be made: {e}') from e
@@ -112,7 +112,6 @@ def create_placed_model(
         weights: str | None = None,
         *,
         device: str = 'cpu',
-        n_tokens: int | None = None,
         sampler: str | None = None,
         saliency: str | None = None,
         **given: Any,
@@ -124,10 +123,7 @@ def create_placed_model(
     """
     family = family_of(create_model(name, pretrained=False, device='meta'))
     check_placement(family, dict(given, sampler=sampler, saliency=saliency))
-    model = create_model(name, weights, **given)
-    if n_tokens is not None:
-        family.set_budget(model, n_tokens)
-    return model.to(device)
+    return create_model(name, weights, **given).to(device)
 
 
 def check_placement(family: Family, given: dict[str, Any]) -> None:

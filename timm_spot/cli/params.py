@@ -12,7 +12,7 @@ import timm
 import torch
 
 from ..models.placement import get_placer, list_placers
-from ..models.pruning_scorers import SCORERS
+from ..models.pruning_scorers import get_scorer
 from ..ops.samplers import get_sampler
 from ..tasks.drawing.kinds import KINDS
 from ..tasks.evaluation.families import name_patterns
@@ -131,8 +131,7 @@ class ScorerName(_Param):
     name = 'name'
 
     def check(self, value: str, name: str) -> str:
-        if value not in SCORERS:
-            raise ValueError(f"{name}={value!r} is unknown, the scorers are {', '.join(SCORERS)}.")
+        get_scorer(value)
         return value
 
 

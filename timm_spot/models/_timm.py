@@ -7,14 +7,26 @@ from __future__ import annotations
 from timm.models import PretrainedCfg, _builder
 from timm.models._builder import _resolve_pretrained_source as resolve_pretrained_source
 from timm.models._features import feature_take_indices as feature_take_indices
-from timm.models._hub import download_from_hf as download_from_hf
+from timm.models._hub import _EXT_PRIORITY as FOLDER_SUFFIXES
+from timm.models._hub import _PREFERRED_FILES as FOLDER_FILES
+from timm.models._hub import HF_WEIGHTS_NAME as HF_WEIGHTS_NAME
+from timm.models._hub import _get_safe_alternatives as get_safe_alternatives
+from timm.models._hub import check_cached_file as check_cached_file
+from timm.models._hub import download_cached_file as download_cached_file
+from timm.models._hub import hf_split as hf_split
 from timm.models._input import get_pretrained_grid_size as get_pretrained_grid_size
 from timm.models._input import update_model_args as update_model_args
 
 __all__ = [
-    'download_from_hf',
+    'FOLDER_FILES',
+    'FOLDER_SUFFIXES',
+    'HF_WEIGHTS_NAME',
+    'check_cached_file',
+    'download_cached_file',
     'feature_take_indices',
     'get_pretrained_grid_size',
+    'get_safe_alternatives',
+    'hf_split',
     'let_scripts_read',
     'resolve_pretrained_source',
     'update_model_args',

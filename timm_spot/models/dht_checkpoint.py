@@ -16,7 +16,7 @@ from timm.models import clean_state_dict
 from torch import nn
 
 from ..ops.regions.features import fit_histogram_weights
-from .vit_checkpoint import StateDict, adapt_tail, fold_prefix, split_table
+from .vit_checkpoint import NO_POSITIONS, StateDict, adapt_tail, fold_prefix, split_table
 
 # The authors' names on the left, timm's on the right; theirs apply k_norm to queries.
 _AUTHORS_NAMES = (
@@ -86,6 +86,10 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
         out = state_dict
     elif 'embedder.proj.weight' in state_dict:
         out = _from_authors(state_dict, model)
+    elif own := [key for key in state_dict if key.startswith('patch_embed.tokenizer.')]:
+        raise ValueError(
+            f"this checkpoint has {', '.join(own[:3])} and so is one of timm_spot's dHT models, but it lacks "
+            "'patch_embed.pixel_token'.")
     elif _is_vit(state_dict):
         out = _from_vit(state_dict, model)
     else:
@@ -174,15 +178,15 @@ def _from_vit(state_dict: StateDict, model: nn.Module) -> StateDict:
     target = model.state_dict()
     table = out.pop('pos_embed', None)
     if table is None:
-        out['patch_embed.pos_proj.weight'] = torch.zeros(target['patch_embed.pos_proj.weight'].shape)
-    else:
-        prefix, table = split_table(table, out, model, grid_weight)
-        fold_prefix(out, prefix)
-        out['patch_embed.pos_proj.weight'] = fit_histogram_weights(table, embed.pos_size, embed.pos_scale)
+        raise ValueError(NO_POSITIONS)
+    prefix, table = split_table(table, out, model, grid_weight)
+    fold_prefix(out, prefix)
+    out['patch_embed.pos_proj.weight'] = fit_histogram_weights(table, embed.pos_size, embed.pos_scale)
     if embed.grad_proj is not None:
         out['patch_embed.grad_proj.weight'] = torch.zeros(target['patch_embed.grad_proj.weight'].shape)
-    out.setdefault('patch_embed.proj.bias', torch.zeros(model.embed_dim))
+    if 'norm_pre.weight' in out:  # such a ViT projects without one
+        out.setdefault('patch_embed.proj.bias', torch.zeros(model.embed_dim))
     for key, value in target.items():
-        if key.startswith('patch_embed.'):
+        if key.startswith('patch_embed.') and not key.startswith('patch_embed.proj.'):
             out.setdefault(key, value)
     return adapt_tail(out, model)

@@ -5,19 +5,12 @@ Paper: `Differentiable Hierarchical Visual Tokenization` (dHT) - https://arxiv.o
 from __future__ import annotations
 
 import dataclasses
-import zipfile
-from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub.errors import EntryNotFoundError
-from safetensors import safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     PretrainedCfg,
-    build_model_with_cfg,
     generate_default_cfgs,
     get_pretrained_cfg,
     register_model,
@@ -25,10 +18,11 @@ from timm.models import (
 )
 from torch import nn
 
-from ._timm import download_from_hf, resolve_pretrained_source, update_model_args
-from .dht_checkpoint import checkpoint_filter_fn, find_tensors, lacks_pre_norm
+from ._timm import update_model_args
+from .dht_checkpoint import checkpoint_filter_fn, lacks_pre_norm
 from .dht_vit import DhtVisionTransformer
-from .download import check_source
+from .download import check_source, prefer_file
+from .loading import build_checked
 
 
 def _from_timm(source: str) -> PretrainedCfg:
@@ -69,56 +63,31 @@ def create_dht_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> Dht
     would change what they read. A saved model keeps what was chosen.
     """
     cfg = resolve_pretrained_cfg(
-        variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
-    chosen = {}
+        variant, kwargs.pop('pretrained_cfg', None), prefer_file(kwargs.pop('pretrained_cfg_overlay', None)))
+    chosen, checked = {}, None
     if pretrained:
         if not (cfg.has_weights or cfg.state_dict):
             name = f'{variant}.{cfg.tag}' if cfg.tag else variant
             raise RuntimeError(
                 f'{name} has no pretrained weights (the authors have published no classifier): use pretrained=False, '
                 'or pretrained_cfg_overlay=dict(file=PATH), on the command line --weights PATH.')
-        check_source(cfg, kwargs.get('cache_dir'))
-        if 'pre_norm' not in kwargs and lacks_pre_norm(_weights_keys(cfg, kwargs.get('cache_dir'))):
+        checked = check_source(cfg, kwargs.get('cache_dir'))
+        if 'pre_norm' not in kwargs and lacks_pre_norm(checked.keys):
             chosen['pre_norm'] = False
     defaults = dict(pre_norm=True, init_values=0.1, norm_layer=partial(nn.LayerNorm, eps=1e-5))
-    model = build_model_with_cfg(
+    model = build_checked(
         DhtVisionTransformer,
         variant,
         pretrained,
         pretrained_cfg=cfg,
         pretrained_filter_fn=checkpoint_filter_fn,
+        checked=checked,
         feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
         **{**defaults, **kwargs, **chosen},
     )
     if chosen:
         update_model_args(model, **chosen)
     return model
-
-
-def _weights_keys(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Iterable[str]:
-    """Names of the tensors in a config's weights, which are not read; none where only timm knows the file."""
-    source, location = resolve_pretrained_source(vars(cfg))
-    if source == 'state_dict':
-        return find_tensors(location)
-    if source == 'hf-hub':
-        hub_id, filename = (location, 'model.safetensors') if isinstance(location, str) else location
-        try:
-            path = Path(download_from_hf(hub_id, filename, cache_dir=cache_dir))
-        except EntryNotFoundError:
-            path = Path(download_from_hf(hub_id, 'pytorch_model.bin', cache_dir=cache_dir))
-    elif source == 'local-dir':
-        path = Path(location) / 'model.safetensors'
-    elif source == 'file':
-        path = Path(location)
-    else:
-        return ()
-    if not path.is_file():
-        return ()
-    if path.suffix == '.safetensors':
-        with safe_open(path, 'pt') as file:
-            return file.keys()
-    # Mapped, not read: the tensors stay on the disk.
-    return find_tensors(torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path)))
 
 
 @register_model

@@ -8,7 +8,6 @@ looks at an image at most through its saliency; a network that looks for itself 
 """
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
 import operator
@@ -24,6 +23,7 @@ from torch import nn
 
 from ..ops.saliency import spectral_residual
 from ..ops.samplers import check_budgets, check_seed, derive_seed, get_sampler, lattice_shape, sample_positions
+from ._shallow import shallow_copy
 
 Saliency = str | torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 SALIENCY_NAMES = {'spectral_residual': spectral_residual}  # a saved model can keep a name, not a function
@@ -219,8 +219,7 @@ class Placer(nn.Module):
             >>> placer.replaced(n_tokens=9).budget((64, 64)), placer.budget((64, 64))
             (9, 16)
         """
-        placer = copy.copy(self)
-        placer._modules = dict(self._modules)  # the modules are shared, the list of them is not
+        placer = shallow_copy(self)
         placer.set_priors(*(dataclasses.replace(prior, **changes) for prior in (self.train_prior, self.eval_prior)))
         return placer
 

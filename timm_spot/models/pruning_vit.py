@@ -11,12 +11,12 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ._timm import update_model_args
+from .loading import create_checked
 from .pruning import TokenPruning, check_no_mask
 from .spot_vit import SubpixelVisionTransformer
 
@@ -131,7 +131,7 @@ def sparsify(
         [98, 49, 25]
     """
     if isinstance(vit, str):
-        vit = timm.create_model(vit, **model_keywords)
+        vit = create_checked(vit, **model_keywords)
     elif not isinstance(vit, nn.Module):
         raise TypeError(f'vit must be the name of a timm model or an instance, got {type(vit).__name__}.')
     elif model_keywords:

@@ -11,27 +11,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.models import (
     PretrainedCfg,
-    build_model_with_cfg,
     generate_default_cfgs,
     get_pretrained_cfg,
     register_model,
-    resolve_model_input_args,
     resolve_pretrained_cfg,
 )
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from .download import check_source
+from .download import prefer_file
+from .loading import build_checked, resolve_checked
 from .pruning import pop_pruning
 from .pruning_scorers import get_scorer
 from .pruning_vit import RelevanceSubpixelVisionTransformer, RelevanceVisionTransformer, sparsify_in_place
 from .spot_checkpoint import checkpoint_filter_fn, keep_fresh
 from .spot_config import SpotPretrainedCfg, cfg_from_timm, resolve_cfg, timm_cfg
-from .spot_retrofit import SOURCE_FIELDS, backbone_cfg
+from .spot_retrofit import SOURCE_FIELDS, backbone_cfg, build_backbone
 from .spot_vit import SubpixelVisionTransformer
 from .spot_zoo import create_spot_vit
 
@@ -114,12 +112,10 @@ def _create_relevance_vit(
         model_cls: Callable[..., nn.Module] = RelevanceVisionTransformer,
         **kwargs: Any,
 ) -> nn.Module:
-    overlay = kwargs.pop('pretrained_cfg_overlay', None)
+    overlay = prefer_file(kwargs.pop('pretrained_cfg_overlay', None))
     fresh = _pop_fresh(kwargs)
     cfg = resolve_pretrained_cfg(variant, kwargs.pop('pretrained_cfg', None), overlay)
-    if pretrained:
-        check_source(cfg, kwargs.get('cache_dir'))
-    return build_model_with_cfg(
+    return build_checked(
         model_cls,
         variant,
         pretrained,
@@ -147,7 +143,7 @@ def relevance_vit(
     cache_dir = kwargs.get('cache_dir')
     cfg = resolve_cfg(
         'relevance_vit', kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
-    source = resolve_model_input_args(backbone, cache_dir=cache_dir)
+    source = resolve_checked(backbone, cache_dir)
     own_weights = bool(cfg.has_weights or cfg.state_dict)
     if not own_weights:
         cfg = backbone_cfg('relevance_vit', cfg, source['pretrained_cfg'])
@@ -156,7 +152,6 @@ def relevance_vit(
             if get_scorer(scorer).needs_training and not _pop_fresh(kwargs):
                 raise ValueError(_no_predictors_message(
                     scorer, f'the weights of the backbone {backbone} have none ({_PREDICTORS}*)'))
-            check_source(cfg, cache_dir)
     saved = {name: value for name, value in source.items() if name not in SOURCE_FIELDS}
     return _create_relevance_vit(
         'relevance_vit',
@@ -170,9 +165,7 @@ def relevance_vit(
 
 def _build(source: dict[str, Any], backbone_args: dict[str, Any], pretrained: bool, **kwargs: Any) -> nn.Module:
     pruning = pop_pruning(kwargs)
-    fields = {name: source[name] for name in SOURCE_FIELDS if name in source}
-    vit = timm.create_model(pretrained=pretrained, **fields, **backbone_args, **kwargs)
-    return sparsify_in_place(vit, **pruning)
+    return sparsify_in_place(build_backbone(source, pretrained, **backbone_args, **kwargs), **pruning)
 
 
 @register_model

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..ops.position_feature import fit_position_weights
 from .subpixel_embed import patch_sigma
-from .vit_checkpoint import StateDict, adapt_tail, fold_prefix, split_table
+from .vit_checkpoint import NO_POSITIONS, StateDict, adapt_tail, fold_prefix, split_table
 
 # The authors' names on the left, timm's on the right.
 _AUTHORS_NAMES = (
@@ -69,6 +69,11 @@ def _to_native(state_dict: StateDict, model: nn.Module) -> StateDict:
         return state_dict
     if is_authors(state_dict):
         return _from_authors(state_dict, model)
+    own = [key for key in state_dict if key.startswith(('patch_embed.n_sigma', 'placer.'))]
+    if own:
+        raise ValueError(
+            f"this checkpoint has {', '.join(own[:3])} and so is one of timm_spot's, but it lacks "
+            "'patch_embed.pos_proj.weight', the position weights: they would be zero.")
     if 'patch_embed.proj.weight' in state_dict:
         return _from_vit(state_dict, model)
     raise ValueError(
@@ -129,10 +134,8 @@ def _from_vit(state_dict: StateDict, model: nn.Module) -> StateDict:
         out['patch_embed.proj.weight'] = resample_patch_embed(weight, [window, window])
     table = out.pop('pos_embed', None)
     if table is None:
-        out['patch_embed.n_sigma'] = torch.ones(())
-        out['patch_embed.pos_proj.weight'] = torch.zeros_like(embed.pos_proj.weight, device='cpu')
-    else:
-        fold_table(out, *split_table(table, out, model, grid_weight), pos_nodes=embed.pos_nodes)
+        raise ValueError(NO_POSITIONS)
+    fold_table(out, *split_table(table, out, model, grid_weight), pos_nodes=embed.pos_nodes)
     return adapt_tail(out, model)
 
 

@@ -14,6 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg, get_pretrained_cfg, resolve_pretrained_cfg
 
 from ..ops.samplers import check_budgets
+from .download import prefer_file
 from .placement import Prior, Saliency
 
 PROJECT_PAGE = 'https://dsb-ifi.github.io/SPoT/'
@@ -48,7 +49,7 @@ def resolve_cfg(
         pretrained_cfg = SpotPretrainedCfg(**pretrained_cfg)
     elif isinstance(pretrained_cfg, PretrainedCfg) and not isinstance(pretrained_cfg, SpotPretrainedCfg):
         pretrained_cfg = SpotPretrainedCfg(**vars(pretrained_cfg))
-    return resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+    return resolve_pretrained_cfg(variant, pretrained_cfg, prefer_file(overlay))
 
 
 def timm_cfg(cfg: PretrainedCfg) -> PretrainedCfg:

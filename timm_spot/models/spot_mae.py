@@ -14,11 +14,13 @@ from typing import Any, Dict, NamedTuple, Optional, Set
 import timm
 import torch
 from timm.layers import LayerNorm
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.vision_transformer import Block
 from torch import nn
 
 from ..ops.windows import read_windows
+from .download import prefer_file
+from .loading import build_checked
 from .spot_config import SpotPretrainedCfg
 
 __all__ = ['Reconstruction', 'SubpixelMAE']
@@ -166,10 +168,13 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_spot_mae(variant: str, pretrained: bool = False, **kwargs: Any) -> SubpixelMAE:
-    return build_model_with_cfg(
+    cfg = resolve_pretrained_cfg(
+        variant, kwargs.pop('pretrained_cfg', None), prefer_file(kwargs.pop('pretrained_cfg_overlay', None)))
+    return build_checked(
         SubpixelMAE,
         variant,
         pretrained,
+        pretrained_cfg=cfg,
         kwargs_filter=('num_classes', 'global_pool'),
         **kwargs,
     )

@@ -12,13 +12,12 @@ import copy
 from functools import partial
 from typing import Any
 
-import timm
 from timm.layers import PatchEmbed
-from timm.models import VisionTransformer, generate_default_cfgs, register_model, resolve_model_input_args
+from timm.models import VisionTransformer, generate_default_cfgs, register_model
 from torch import nn
 
 from ._timm import update_model_args
-from .download import check_source
+from .loading import create_checked, resolve_checked
 from .spot_checkpoint import fold_table
 from .spot_config import PLACEMENT_FIELDS, SpotPretrainedCfg, pop_placement, resolve_cfg
 from .spot_vit import SubpixelVisionTransformer
@@ -56,7 +55,7 @@ def retrofit(vit: str | VisionTransformer, **model_keywords: Any) -> SubpixelVis
     """
     placement = pop_placement(model_keywords)
     if isinstance(vit, str):
-        vit = timm.create_model(vit, **model_keywords)
+        vit = create_checked(vit, **model_keywords)
     elif model_keywords:
         raise TypeError(
             f"a model that is already built takes no {', '.join(model_keywords)}: give a name instead of an instance, "
@@ -179,12 +178,10 @@ def spot_retrofit(
     overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
     cfg = resolve_cfg('spot_retrofit', kwargs.pop('pretrained_cfg', None), overlay)
     cache_dir = kwargs.get('cache_dir')
-    source = resolve_model_input_args(backbone, cache_dir=cache_dir)
+    source = resolve_checked(backbone, cache_dir)
     own_weights = bool(cfg.has_weights or cfg.state_dict)
     if not own_weights:
         cfg = backbone_cfg('spot_retrofit', cfg, source['pretrained_cfg'], fixed_input_size=False)
-        if pretrained:
-            check_source(cfg, cache_dir)
 
     saved = {name: value for name, value in source.items() if name not in SOURCE_FIELDS}
     return create_spot_vit(
@@ -214,5 +211,10 @@ def backbone_cfg(
 
 def _build(source: dict[str, Any], pretrained: bool, **kwargs: Any) -> SubpixelVisionTransformer:
     placement = pop_placement(kwargs)
-    fields = {name: source[name] for name in SOURCE_FIELDS if name in source}
-    return retrofit_in_place(timm.create_model(pretrained=pretrained, **fields, **kwargs), fold=pretrained, **placement)
+    return retrofit_in_place(build_backbone(source, pretrained, **kwargs), fold=pretrained, **placement)
+
+
+def build_backbone(source: dict[str, Any], pretrained: bool, **kwargs: Any) -> nn.Module:
+    """The model that `resolve_checked` resolved, with more keywords."""
+    fields = {name: source[name] for name in SOURCE_FIELDS[1:] if name in source}
+    return create_checked(source['model_name'], pretrained, **fields, **kwargs)

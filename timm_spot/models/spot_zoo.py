@@ -6,19 +6,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ._timm import update_model_args
 from .download import check_source
+from .loading import build_checked
 from .spot_checkpoint import checkpoint_filter_fn, is_authors
 from .spot_config import (
     PROJECT_PAGE,
@@ -71,51 +69,35 @@ def create_spot_vit(
     overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
     train_only = kwargs.pop('train_only', None)
     cfg = resolve_cfg(variant, kwargs.pop('pretrained_cfg', None), overlay)
+    checked = None
     if pretrained:
         cfg = find_weights(variant, cfg)
-        check_source(cfg, kwargs.get('cache_dir'))
+        checked = check_source(timm_cfg(cfg), kwargs.get('cache_dir'))
     saved = kwargs.get('pretrained_model_args') or {}
     keywords = pop_placement(kwargs)
     placement = resolve_placement(vars(cfg), saved, overlay, keywords)
     # A network that the caller asks for is fresh unless the weights have it; one that they were saved with is not.
     asked = {**overlay, **{name: value for name, value in keywords.items() if name not in saved}}
     fresh = ('placer.',) if asked.get('placer') or isinstance(asked.get('saliency'), nn.Module) else ()
-    try:
-        if pretrained and is_authors(weights_keys(cfg)):
-            placement.setdefault('convention', 'spot')  # the geometry that their weights were trained with
-        model = build_model_with_cfg(
-            model_cls,
-            variant,
-            pretrained,
-            # timm's loaders of saved configs know no fields but their own: the placement is saved as model arguments.
-            pretrained_cfg=timm_cfg(cfg),
-            pretrained_filter_fn=partial(filter_fn, fresh=fresh),
-            feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
-            **{**kwargs, **placement},
-        )
-    except SafetensorError as e:
-        raise ValueError(f'{cfg.file or cfg.hf_hub_id} is damaged: {e}.') from e
+    if checked is not None and is_authors(checked.keys):
+        placement.setdefault('convention', 'spot')  # the geometry that their weights were trained with
+    model = build_checked(
+        model_cls,
+        variant,
+        pretrained,
+        # timm's loaders of saved configs know no fields but their own: the placement is saved as model arguments.
+        pretrained_cfg=timm_cfg(cfg),
+        pretrained_filter_fn=partial(filter_fn, fresh=fresh),
+        checked=checked,
+        feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
+        **{**kwargs, **placement},
+    )
     update_model_args(model, **placement)
     inner = getattr(model, 'model', model)  # features_only=True wraps it
     inner.patch_embed.set_normalization(cfg.mean, cfg.std)
     if train_only is not None:
         freeze_all_but(model, train_only)
     return model
-
-
-def weights_keys(cfg: PretrainedCfg) -> Iterable[str]:
-    """Names of the tensors in the file or the state dict that a config names; of weights on the Hub none."""
-    if cfg.state_dict:
-        content = cfg.state_dict
-    elif not cfg.file or not Path(cfg.file).is_file():
-        return ()
-    elif str(cfg.file).endswith('.safetensors'):
-        with safe_open(cfg.file, 'pt') as file:
-            return file.keys()
-    else:
-        # Mapped, not read: the tensors stay on the disk.
-        content = torch.load(cfg.file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(cfg.file))
-    return content.get('model', content)
 
 
 def find_weights(variant: str, cfg: SpotPretrainedCfg) -> SpotPretrainedCfg:

@@ -10,6 +10,9 @@ from torch import nn
 from ._timm import get_pretrained_grid_size
 
 StateDict = dict[str, torch.Tensor]
+NO_POSITIONS = (
+    "this checkpoint has no positions, neither 'pos_embed' as a ViT nor 'patch_embed.pos_proj.weight': they would be "
+    'zero. A ViT that really has none can be built, filled and given to timm_spot.retrofit.')
 
 
 def split_table(
@@ -48,9 +51,9 @@ def fold_prefix(state_dict: StateDict, prefix: torch.Tensor) -> None:
 def adapt_tail(out: StateDict, model: nn.Module) -> StateDict:
     """Complete a ViT's state dict, changed in place: layer scale of one, its norm behind the pooling, a zero head."""
     target = model.state_dict()
-    for key in target:
-        if key.endswith(('ls1.gamma', 'ls2.gamma')) and key not in out:
-            out[key] = torch.ones(target[key].shape)
+    scales = [key for key in target if key.endswith(('ls1.gamma', 'ls2.gamma'))]
+    if not any(key in out for key in scales):  # some of them, and the others are lost
+        out.update({key: torch.ones(target[key].shape) for key in scales})
     for name in ('weight', 'bias'):
         if f'fc_norm.{name}' in target and f'norm.{name}' in out and f'fc_norm.{name}' not in out:
             out[f'fc_norm.{name}'] = out.pop(f'norm.{name}')
@@ -61,8 +64,8 @@ def adapt_tail(out: StateDict, model: nn.Module) -> StateDict:
 
 def _add_zero_head(out: StateDict, model: nn.Module) -> None:
     cfg_classes = model.pretrained_cfg['num_classes']
-    out['head.weight'] = torch.zeros(cfg_classes, model.num_features)
-    out['head.bias'] = torch.zeros(cfg_classes)
+    out['head.weight'] = torch.zeros(max(cfg_classes, 0), model.num_features)
+    out['head.bias'] = torch.zeros(max(cfg_classes, 0))
     # With another number of classes timm drops the head again and leaves the fresh one.
     if model.num_classes == cfg_classes:
         warnings.warn(

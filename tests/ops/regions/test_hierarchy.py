@@ -122,3 +122,25 @@ def test_small_images_alone_and_in_a_batch(height, width, min_avg_region, max_le
         assert torch.equal(segmentation - segmentation.min(), alone.segmentation[0])
         assert torch.equal(together.sizes[together.image == i], alone.sizes)
         assert torch.equal(together.features[:, together.image == i], alone.features)
+
+
+def pairs_and_quads():
+    """A row of 64 pixels: pairs are equal, quads are alike, each other's neighbours are not."""
+    pair = torch.arange(32).repeat_interleave(2)
+    return (10. * (pair // 2) + 0.5 * (pair % 2)).expand(1, 3, 1, 64)
+
+
+def test_levels_by_hand():
+    """Pairs are no better than pixels, quads are: an image goes on after a first level that no region gave way to."""
+    hierarchy = build_hierarchy(pairs_and_quads(), similarity, cmp=0., max_levels=2)
+    assert [len(level.sizes) for level in hierarchy.levels] == [32, 16]
+    assert torch.equal(hierarchy.segmentations((1, 1, 64))[1].flatten(), torch.arange(16).repeat_interleave(4))
+    assert hierarchy.levels[0].criterion.max() < -8.  # the square root of the pixels
+    assert hierarchy.pieces.sizes.tolist() == [4] * 16
+    assert hierarchy.pieces.edges.tolist() == [list(range(15)), list(range(1, 16))]
+
+
+@pytest.mark.parametrize('min_avg_region, levels', [(64, 0), (63, 1), (32, 1), (31, 2)])
+def test_it_stops_at_so_many_regions(min_avg_region, levels):
+    features = pairs_and_quads()
+    assert len(build_hierarchy(features, similarity, 0., min_avg_region=min_avg_region, max_levels=2).levels) == levels

@@ -5,7 +5,6 @@ import argparse
 import json
 import os
 import pickle
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +15,13 @@ import torch
 from conftest import SMALL
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
+from toy_placer import NAME as TOY
 
 import timm_spot
+from timm_spot.tasks.kept import lock_output
 from timm_spot.tasks.publishing import convert as convert_module
-from timm_spot.tasks.publishing.convert import convert, read_checkpoint
+from timm_spot.tasks.publishing.convert import convert
+from timm_spot.tasks.publishing.sources import recognise
 
 TINY = dict(depth=1, img_size=64, num_classes=3)
 
@@ -82,9 +84,9 @@ def test_authors_checkpoint(golden, tmp_path):
 def test_authors_checkpoint_names_itself_where_only_one_model_fits():
     tensors = {'embedder.emb.weight': torch.empty(768, 1024, device='meta'), 'blocks.11.norm1.weight': torch.ones(1)}
     pooled = dict(tensors, **{'fc_norm.weight': torch.ones(1)})
-    assert convert_module._recognise(pooled, 'x.pth') == 'spot_vit_base_patch16_mae.spot_in1k'
+    assert recognise(pooled, 'x.pth') == 'spot_vit_base_patch16_mae.spot_in1k'
     with pytest.raises(ValueError, match=r'spot_vit_base_patch16_in21k\.spot_in21k_ft_in1k'):
-        convert_module._recognise(tensors, 'x.pth')
+        recognise(tensors, 'x.pth')
 
 
 @pytest.mark.parametrize('suffix', ['pth.tar', 'safetensors'])
@@ -155,53 +157,13 @@ def test_pickle_bombs_are_refused_by_name_and_never_run(tmp_path, name, form):
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
-def test_a_pickled_model_is_refused(tmp_path):
-    torch.save(torch.nn.Linear(1, 1), tmp_path / 'model.pth')
-    with pytest.raises(ValueError, match=r'torch\.nn\.modules\.linear\.Linear'):
-        read_checkpoint(tmp_path / 'model.pth')
-
-
-def test_damaged_safetensors_are_refused(tmp_path):
-    file = tmp_path / 'x.safetensors'
-    save_file({'a': torch.ones(10)}, file)
-    whole = file.read_bytes()
-    for damaged in (
-            whole[:-4],  # too short
-            whole[:20],
-            b'',
-            struct.pack('<Q', 1 << 60) + whole[8:],  # a header longer than the file
-            whole.replace(b'[10]', b'[99]'),  # a shape that its bytes do not fill
-            whole.replace(b'F32', b'F99')):
-        file.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r'x.safetensors is no intact safetensors file'):
-            read_checkpoint(file)
-
-
-def test_damaged_checkpoints_are_refused(tmp_path):
-    torch.save({'a': torch.ones(1000)}, tmp_path / 'x.pth')
-    whole = (tmp_path / 'x.pth').read_bytes()
-    for damaged in (b'', whole[:len(whole) // 2], b'no checkpoint'):
-        (tmp_path / 'x.pth').write_bytes(damaged)
-        with pytest.raises(ValueError, match=r'x.pth'):
-            read_checkpoint(tmp_path / 'x.pth')
-
-
-@pytest.mark.parametrize('content, message', [
-    ([1, 2], 'holds a list, not a state dict'),
-    ({'a': torch.ones(1), 'b': 'text', 'c': {}}, r'other things than tensors among its weights: b \(str\), c \(dict\)'),
-    ({'a': torch.tensor([1., float('nan')])}, 'NaN or infinity in a'),
-    ({'state_dict': {'a': torch.ones(1), 'b': torch.tensor([float('inf')])}}, 'NaN or infinity in b'),
-])
-def test_other_content_is_refused(tmp_path, content, message):
-    torch.save(content, tmp_path / 'x.pth')
-    with pytest.raises(ValueError, match=message):
-        read_checkpoint(tmp_path / 'x.pth')
-
-
-def test_nan_in_safetensors_is_refused(tmp_path):
-    save_file({'a': torch.tensor([float('nan')])}, tmp_path / 'x.safetensors')
-    with pytest.raises(ValueError, match='NaN or infinity in a'):
-        read_checkpoint(tmp_path / 'x.safetensors')
+def test_damaged_files_are_named_and_leave_nothing(tmp_path):
+    for name, content in (('x.pth', b''), ('x.pth.tar', b'<html>'), ('x.safetensors', b'\0' * 20)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            convert(tmp_path / name, tmp_path / 'out', model='spot_vit_pico_patch8_64')
+        (tmp_path / name).unlink()
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_source_and_wrong_destination(tmp_path, pico):
@@ -278,3 +240,126 @@ def test_base_model_in_two_gigabytes(tmp_path):
     assert result.returncode == 0, result.stderr
     difference, kibibytes = map(float, result.stdout.split())
     assert difference < 2e-4 and kibibytes * 1024 < 2e9
+
+
+def test_a_model_whose_head_is_zero_is_compared_by_its_features(tmp_path, pico, monkeypatch):
+    torch.nn.init.zeros_(pico.head.weight)
+    torch.nn.init.zeros_(pico.head.bias)
+    save_for_hf(pico, str(tmp_path / 'source'), safe_serialization=True)
+    done = convert(tmp_path / 'source', tmp_path / 'out')
+    assert done.difference == 0 and 'features and logits' in str(done)
+    assert not load(tmp_path / 'out').head.weight.any()
+
+    save_folder = convert_module.save_folder
+
+    def save_another(model, folder, *args):
+        save_folder(model, folder, *args)
+        weights = load_file(folder / 'model.safetensors')
+        weights['fc_norm.weight'] = weights['fc_norm.weight'] * 1.01
+        save_file(weights, folder / 'model.safetensors')
+
+    monkeypatch.setattr(convert_module, 'save_folder', save_another)
+    with pytest.raises(RuntimeError, match=r'other logits than .*, or other features'):  # all logits are zero
+        convert(tmp_path / 'source', tmp_path / 'other')
+
+
+def test_weights_in_eight_bits_are_refused(tmp_path, pico):
+    weights = dict(pico.state_dict(), **{'head.weight': torch.ones(10, 128, dtype=torch.int8)})
+    torch.save(weights, tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match=r'weights as int8, which must be floating point: head\.weight'):
+        convert(tmp_path / 'x.pth', tmp_path / 'out', model='spot_vit_pico_patch8_64')
+
+
+@pytest.mark.parametrize('name, says', [
+    ('hf-hub:lab/elsewhere', 'must be a name that timm knows'),
+    ('local-dir:/etc', 'must be a name that timm knows'),
+    ('../vit', 'must be a name that timm knows'),
+    (3, 'must be a name that timm knows'),
+])
+def test_a_file_cannot_name_a_model_elsewhere(tmp_path, pico, monkeypatch, name, says):
+    monkeypatch.setattr('timm_spot.models.download.hf_hub_download', None)  # an error, were it called
+    torch.save(dict(training_checkpoint(pico, name)), tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match=rf'x\.pth: model=.* in its args {says}.*model= \(--model\)'):
+        convert(tmp_path / 'x.pth', tmp_path / 'out')
+    convert(tmp_path / 'x.pth', tmp_path / 'out', model='spot_vit_pico_patch8_64')
+
+
+@pytest.mark.parametrize('keyword, value', [
+    ('n_tokens', 10 ** 12), ('n_tokens', [1, 10 ** 12]), ('n_tokens', 0), ('n_tokens', True), ('n_tokens', 'many'),
+    ('depth', 10 ** 9), ('embed_dim', -1), ('img_size', 10 ** 6), ('img_size', [64, 64, 64]),
+    ('mlp_ratio', float('nan')), ('pos_nodes', 10 ** 5), ('sampler', '../salient'), ('saliency', ['a']),
+    ('class_token', 'no'), ('seed', 2 ** 70),
+    ('backbone', 'hf-hub:lab/elsewhere'), ('global_pool', 7),
+])
+def test_settings_in_a_file_are_held_to_their_ranges(tmp_path, pico, keyword, value):
+    torch.save(training_checkpoint(pico, 'spot_vit_pico_patch8_64', **{keyword: value}), tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match=rf'x\.pth: {keyword}=.* in its args must be '):
+        convert(tmp_path / 'x.pth', tmp_path / 'out')
+    assert [p.name for p in tmp_path.iterdir()] == ['x.pth']
+
+
+@pytest.mark.parametrize('kwargs', [dict(depth=1000), dict(img_size=9999), dict(embed_dim=65536)])
+def test_settings_in_a_file_make_no_model_larger_than_its_weights(tmp_path, pico, kwargs):
+    torch.save(training_checkpoint(pico, 'spot_vit_pico_patch8_64', **kwargs), tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match=r'numbers for a model of|tokens, as .*x\.pth says; at most'):
+        convert(tmp_path / 'x.pth', tmp_path / 'out')
+
+
+def test_other_settings_in_a_file_are_left_out_by_name(tmp_path, pico):
+    (tmp_path / 'other.pth').write_bytes(b'not to be opened')
+    content = training_checkpoint(
+        pico, 'spot_vit_pico_patch8_64', checkpoint_path=str(tmp_path / 'other.pth'), pretrained=True,
+        pretrained_cfg_overlay=dict(file='/etc/passwd'), drop_path_rate=0.1, n_tokens=9)
+    content['args'].dataset = '](http://x) <b>photos</b>\n# of mine'
+    torch.save(content, tmp_path / 'x.pth')
+    done = convert(tmp_path / 'x.pth', tmp_path / 'out')
+    left_out = [name for name in done.dropped if name.startswith('args.')]
+    assert left_out == [f'args.model_kwargs.{k}' for k in ('checkpoint_path', 'pretrained', 'pretrained_cfg_overlay')]
+    assert load(tmp_path / 'out').n_tokens == 9
+    assert '* **Training data**: http://x b photos /b of mine\n' in (tmp_path / 'out' / 'README.md').read_text()
+
+
+def test_a_name_without_a_tag_claims_nothing_of_its_default_weights(tmp_path, pico):
+    save_file(pico.state_dict(), tmp_path / 'x.safetensors')
+    convert(tmp_path / 'x.safetensors', tmp_path / 'plain', model='spot_vit_pico_patch8_64')
+    card = (tmp_path / 'plain' / 'README.md').read_text()
+    cfg = json.loads((tmp_path / 'plain' / 'config.json').read_text())['pretrained_cfg']
+    assert 'license: unknown' in card and '**Training data**: unknown' in card and '# spot_vit_pico_patch8_64\n' in card
+    assert not {'tag', 'license', 'label_names', 'description', 'origin_url'} & set(cfg)
+    assert cfg['mean'] == [0.1, 0.1, 0.1]  # the preprocessing goes with the architecture
+    convert(tmp_path / 'x.safetensors', tmp_path / 'tagged', model='spot_vit_pico_patch8_64.digits')
+    card = (tmp_path / 'tagged' / 'README.md').read_text()
+    assert 'license: apache-2.0' in card and 'UCI' in card and '# spot_vit_pico_patch8_64.digits\n' in card
+
+
+def test_what_a_killed_conversion_left_goes_at_the_next(tmp_path, pico):
+    save_file(pico.state_dict(), tmp_path / 'x.safetensors')
+    for name in ('.out.123.tmp', '.other.123.tmp'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'model.safetensors').write_bytes(b'half')
+    convert(tmp_path / 'x.safetensors', tmp_path / 'out', model='spot_vit_pico_patch8_64')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.other.123.tmp', 'out', 'x.safetensors']
+
+
+def test_two_conversions_into_one_folder(tmp_path, pico):
+    save_file(pico.state_dict(), tmp_path / 'x.safetensors')
+    with lock_output(tmp_path / 'out'), pytest.raises(BlockingIOError, match='another run writes to'):
+        convert(tmp_path / 'x.safetensors', tmp_path / 'out', model='spot_vit_pico_patch8_64')
+
+
+@pytest.mark.parametrize('source', ['folder', 'training checkpoint'])
+def test_a_placement_network_is_kept(tmp_path, source):
+    model = timm.create_model('spot_vit_pico_patch8_64', depth=1, placer=TOY, n_tokens=9).eval()
+    if source == 'folder':
+        save_for_hf(model, str(tmp_path / 'source'), safe_serialization=True)
+    else:
+        torch.save(
+            training_checkpoint(model, 'spot_vit_pico_patch8_64', placer=TOY, n_tokens=9, depth=1), tmp_path / 'source')
+        model.load_state_dict({k: v + 1e-3 for k, v in model.state_dict().items()})
+    done = convert(tmp_path / 'source', tmp_path / 'out')
+    assert done.difference == 0 and done.added == []
+    again, images = load(tmp_path / 'out'), torch.rand(2, 3, 64, 64)
+    assert type(again.placer) is type(model.placer)
+    assert torch.equal(again.place(images), model.place(images)) and again.place(images).shape == (2, 9, 2)
+    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['model_args']['placer'] == TOY
+    assert f'placer `{TOY}`' in (tmp_path / 'out' / 'README.md').read_text()

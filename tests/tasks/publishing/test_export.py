@@ -8,6 +8,7 @@ import timm
 import torch
 from click.testing import CliRunner
 from timm.utils.onnx import onnx_export
+from toy_placer import NAME as TOY
 
 import timm_spot
 from timm_spot.cli import main
@@ -48,8 +49,29 @@ def test_timm_s_own_onnx_export(model, tmp_path, use_dynamo):
 def test_a_file_that_answers_differently_is_an_error(model, tmp_path, monkeypatch):
     monkeypatch.setattr(
         'timm_spot.tasks.publishing.export._read_program', lambda path: lambda images: model(images) + 1e-3)
-    with pytest.raises(RuntimeError, match=r'model\.pt2 was written, but its logits differ .* by 0\.001'):
+    (tmp_path / 'model.pt2').write_bytes(b'an older one')
+    with pytest.raises(RuntimeError, match=r'model\.pt2 was written, but its logits differ .* by 0\.001\. Nothing was'):
         timm_spot.export_model(model, tmp_path / 'model.pt2')
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [('model.pt2', b'an older one')]
+
+
+@pytest.mark.parametrize('name, positions_as_input', [
+    ('model.pt2', False), ('model.pt2', True), ('model.onnx', False), ('model.onnx', True)])
+def test_a_placement_network_is_part_of_the_file(tmp_path, name, positions_as_input):
+    torch.manual_seed(0)
+    model = timm.create_model('spot_vit_pico_patch8_64', depth=1, placer=TOY, n_tokens=9).eval()
+    torch.nn.init.normal_(model.placer.net.weight, std=3.)
+    assert timm_spot.export_model(model, tmp_path / name, positions_as_input) < 1e-4
+    images, positions = torch.rand(2, 3, 64, 64), torch.rand(2, 5, 2)
+    images[1] *= -1
+    assert (model.place(images)[0] - model.place(images)[1]).abs().max() > 0.01  # so that a constant would show
+    inputs = dict(images=images, positions=positions) if positions_as_input else dict(images=images)
+    if name.endswith('.onnx'):
+        answer = onnxruntime.InferenceSession(tmp_path / name).run(None, {k: v.numpy() for k, v in inputs.items()})[0]
+        answer = torch.from_numpy(answer)
+    else:
+        answer = torch.export.load(tmp_path / name).module()(*inputs.values())
+    torch.testing.assert_close(answer, model(*inputs.values()), rtol=0, atol=1e-4)
 
 
 def test_what_cannot_be_exported(model, tmp_path, monkeypatch):
@@ -58,6 +80,14 @@ def test_what_cannot_be_exported(model, tmp_path, monkeypatch):
     salient = timm.create_model('spot_vit_pico_patch8_64', sampler='salient', saliency='spectral_residual').eval()
     with pytest.raises(ValueError, match=r"'salient' places tokens by the image.*positions_as_input=True"):
         timm_spot.export_model(salient, tmp_path / 'model.pt2')
+    with pytest.raises(TypeError, match='must be a subpixel ViT, got Linear'):
+        timm_spot.export_model(torch.nn.Linear(1, 1), tmp_path / 'model.pt2')
+    with pytest.raises(TypeError, match='got DhtVisionTransformer'):
+        timm_spot.export_model(timm.create_model('dht_vit_pico_patch8_64', depth=1).eval(), tmp_path / 'model.pt2')
+    with pytest.raises(ValueError, match=r'in train mode.*model\.eval\(\)'):
+        timm_spot.export_model(timm.create_model('spot_vit_pico_patch8_64', depth=1), tmp_path / 'model.pt2')
+    with pytest.raises(FileNotFoundError, match=r'in which model\.pt2 is to be written, is no folder'):
+        timm_spot.export_model(model, tmp_path / 'no' / 'model.pt2')
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
     with pytest.raises(ModuleNotFoundError, match=r"ONNX needs onnxruntime: pip install 'timm-spot\[export\]'"):
         timm_spot.export_model(model, tmp_path / 'model.onnx')

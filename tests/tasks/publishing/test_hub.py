@@ -1,38 +1,16 @@
 """Folders, model cards, and round trips through the real huggingface_hub client against a server on the loopback."""
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import timm
 import torch
-from hub_server import HubServer, find_request
+from hub_server import Client, HubServer, find_request
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 import timm_spot
 from timm_spot.tasks.publishing.hub import add_results, check_folder, model_card, push_folder, save_folder
 
-# The client reads its settings when it is imported, so it runs in a process of its own: code in, `result` out.
-CLIENT = """
-import json, sys
-import timm, torch, timm_spot
-from timm_spot.tasks.publishing.hub import push_folder
-from timm_spot.tasks.publishing.convert import convert
-replies, sys.stdout = sys.stdout, sys.stderr
-scope = dict(globals())
-for line in sys.stdin:
-    try:
-        exec(json.loads(line), scope)
-        reply = dict(result=scope.get('result'))
-    except Exception as e:
-        reply = dict(error=type(e).__name__, message=str(e))
-    print(json.dumps(reply), file=replies, flush=True)
-"""
 COMPARE = """
 weights = model.state_dict()
 expected = timm.create_model('local-dir:' + FOLDER, pretrained=True).eval()
@@ -42,28 +20,6 @@ result = dict(
     placed=torch.equal(model.eval().place(images), expected.place(images)),
     n_tokens=model.place(images).shape[1])
 """
-
-
-class Client:
-    def __init__(self, server: HubServer, home: Path, **env: str) -> None:
-        env = dict(
-            os.environ, HF_ENDPOINT=server.url, HF_HOME=str(home), HF_TOKEN='hf_test', HF_HUB_DISABLE_XET='1',
-            HF_HUB_DISABLE_TELEMETRY='1', HF_HUB_DISABLE_PROGRESS_BARS='1', **env)
-        env['PYTHONPATH'] = os.pathsep.join([str(Path(timm_spot.__file__).parent.parent), env.get('PYTHONPATH', '')])
-        self.process = subprocess.Popen(
-            [sys.executable, '-c', CLIENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-
-    def __call__(self, code: str, **values: object) -> dict:
-        """Run code with some names set; its `result`, or the error's name and message."""
-        names = '\n'.join(f'{k} = {v!r}' for k, v in values.items())
-        self.process.stdin.write(json.dumps(f'result = None\n{names}\n{code}') + '\n')
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
-        self.process.stdout.close()
 
 
 @pytest.fixture(scope='module')
@@ -153,7 +109,8 @@ def test_revision(client, server, folder, tmp_path):
 def test_missing_file_and_missing_repository(client, server, repo, folder):
     del server.repos[repo]['main']['model.safetensors']
     reply = load(client, repo, folder)
-    assert reply['error'] == 'RemoteEntryNotFoundError' and repo in reply['message']
+    assert reply['error'] == 'FileNotFoundError'
+    assert f'{repo} on the Hugging Face Hub has no model.safetensors or pytorch_model.bin' in reply['message']
     del server.repos[repo]['main']['config.json']
     assert load(client, repo, folder)['error'] == 'RemoteEntryNotFoundError'
     reply = load(client, 'lab/nothing', folder)
@@ -172,7 +129,9 @@ def test_connection_that_keeps_dropping_ends_in_an_error(client, server, repo, f
     reply = client(
         "import time; sleep, time.sleep = time.sleep, lambda s: None\n"
         "try:\n    timm.create_model('hf-hub:' + REPO, pretrained=True)\nfinally:\n    time.sleep = sleep", REPO=repo)
-    assert reply['error'] == 'RemoteProtocolError'
+    assert reply['error'] == 'OSError'
+    for part in (f'model.safetensors of {repo}', 'the download from the Hugging Face Hub failed', '--weights FILE'):
+        assert part in reply['message']
     server.drops.clear()
     assert load(client, repo, folder) == SAME
 

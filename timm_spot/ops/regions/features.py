@@ -97,6 +97,7 @@ def region_windows(
             inside = weight * (ids.index_select(0, pixel).view(N, side, side) == region)
             windows = read if windows is None else windows + read
             masks = inside if masks is None else masks + inside
+    assert windows is not None and masks is not None
     return windows.permute(0, 3, 1, 2), masks
 
 
@@ -187,4 +188,5 @@ def fit_histogram_weights(table: torch.Tensor, cells: int, scale: int) -> torch.
     basis = torch.cat([
         1000. * box_histogram(centres, sides, cells, scale), box_histogram(between, sides, cells, scale)])
     rows = torch.cat([1000. * target.flatten(0, 1), between_target])
-    return torch.linalg.lstsq(basis, rows, driver='gelsd').solution.T.contiguous().to(table.dtype)
+    weights: torch.Tensor = torch.linalg.lstsq(basis, rows, driver='gelsd').solution
+    return weights.T.contiguous().to(table.dtype)

@@ -210,6 +210,7 @@ def edge_potential(
     similarity = (-sum_channels((values.index_select(1, u) - values.index_select(1, v)).square())).exp()
     if not cmp:
         return similarity
+    assert sizes is not None and boxes is not None
     box_u, box_v = boxes.index_select(1, u), boxes.index_select(1, v)
     union = torch.cat([torch.minimum(box_u[:2], box_v[:2]), torch.maximum(box_u[2:], box_v[2:])])
     pair = sizes.index_select(0, u) + sizes.index_select(0, v)

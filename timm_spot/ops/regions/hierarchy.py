@@ -236,6 +236,7 @@ def _vertex_choice(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `pixel_choice` gives for pixels: choice (n,) and omega (n,), where a vertex may prefer itself."""
     sizes, boxes = vertices.sizes, vertices.boxes
+    assert vertices.variances is not None  # pixels choose by `pixel_choice`
     potential = edge_potential(vertices.features, edges, cmp, sizes, boxes)
     own = (1. - cmp) * self_similarity(vertices.variances) + cmp * compactness(sizes, boxes).to(potential.dtype)
     return best_neighbours(edges, potential, own), best_potential(edges, potential, own)
@@ -255,6 +256,7 @@ def _merge(
     features, variances = contract(
         vertices.features, vertices.variances, omega.sqrt() * vertices.sizes, parent, n)
     if frozen is not None:
+        assert vertices.variances is not None  # pixels are never frozen
         keep = frozen[first]
         features = torch.where(keep, vertices.features[:, first], features)
         variances = torch.where(keep, vertices.variances[:, first], variances)
@@ -277,6 +279,7 @@ def _select_from(
         below: _Vertices,
 ) -> tuple[Level, torch.Tensor]:
     """Let the best regions give way to new vertices: the level that these are, and the image of each that gave way."""
+    assert vertices.variances is not None  # vertices that are made have some
     value = judge(vertices.variances, vertices.sizes)
     moved_in = selection.update(number, parent, value, below.image)
     return Level(
@@ -313,17 +316,18 @@ def _cut_pieces(
     """
     _, B, H, W = grid.shape
     features = [level.features for level in levels]
+    atoms: Level | _Vertices
     if selection.on_level_1:
         atoms, edges = levels[0], base
         segmentation = atoms.parent.view(B, H, W)
-        start = [0]  # pixels are not among the features: nothing refers to them
+        skipped = [0]  # pixels are not among the features: nothing refers to them
     else:
         atoms = _pixel_vertices(grid)
         segmentation = torch.arange(B * H * W, device=grid.device).view(B, H, W)
         edges = grid_edges(segmentation)
         features.insert(0, atoms.features)
-        start = []
-    start = torch.tensor([*start, *accumulate((f.shape[1] for f in features[:-1]), initial=0)], device=grid.device)
+        skipped = []
+    start = torch.tensor([*skipped, *accumulate((f.shape[1] for f in features[:-1]), initial=0)], device=grid.device)
     label = selection.label
     inner = label[edges[0]] == label[edges[1]]
     number, first = number_groups(connected_components(len(label), edges[:, inner]))

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ...models.pruning import TokenPruning
+from ...models.pruning_scorers import get_scorer
 from ...models.pruning_vit import sparsify
 from ..pictures.images import denormalize
 from ..search.optimize import optimize_positions
@@ -131,9 +132,10 @@ def _draw_pruning(subject: Subject, settings: Settings) -> Figure:
     model, images = subject.model, subject.images
     positions = model.place(images)
     if isinstance(model, TokenPruning):
-        model.set_keep_rate(settings.keep_rate)
-    elif settings.scorer == 'relevance':
-        raise ValueError("scorer='relevance' needs trained predictors: draw a model that has them (relevance_*).")
+        model = model.pruned(settings.keep_rate)
+    elif get_scorer(settings.scorer).needs_training:
+        raise ValueError(
+            f'scorer={settings.scorer!r} needs trained predictors: draw a model that has them (relevance_*).')
     else:
         model = sparsify(model, settings.keep_rate, scorer=settings.scorer)
     amp = settings.amp_dtype

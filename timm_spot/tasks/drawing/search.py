@@ -84,7 +84,7 @@ def draw_trajectory(
     loss_ax.set_facecolor('none')
     loss_ax.set_xlabel('step', color=GREY)
     loss_ax.set_title('loss', color=GREY, fontsize='medium')
-    loss_ax.xaxis.get_major_locator().set_params(integer=True)
+    loss_ax.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # of a MaxNLocator
     loss_ax.tick_params(colors=GREY)
     loss_ax.spines[['top', 'right']].set_visible(False)
     loss_ax.spines[['bottom', 'left']].set_color(GREY)

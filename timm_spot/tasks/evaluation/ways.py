@@ -1,7 +1,6 @@
 """Ways of giving a model its tokens: each is a kind of row of an evaluation."""
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Callable, Iterable, Iterator, Optional, Sequence
@@ -11,6 +10,7 @@ from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from ...models._shallow import shallow_copy
 from ...models.placement import SampledPlacer
 from ...ops.samplers import get_sampler, sample_positions
 from ..pictures.images import model_transform
@@ -97,9 +97,7 @@ def placer_ways(model: nn.Module, request: Request) -> Iterator[Way]:
 
 def at_budget(model: nn.Module, n_tokens: int) -> nn.Module:
     """A subpixel ViT whose own placer has another budget; it shares the weights, and `model` stays as it is."""
-    copied = copy.copy(model)
-    copied._modules = dict(model._modules, placer=model.placer.replaced(n_tokens=n_tokens))
-    return copied
+    return shallow_copy(model, placer=model.placer.replaced(n_tokens=n_tokens))
 
 
 def oracle_ways(model: nn.Module, request: Request) -> Iterator[Way]:

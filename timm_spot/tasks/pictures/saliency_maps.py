@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from torch import nn
 from torchvision.transforms import Grayscale
 
 from ...models.attention_saliency import attention_saliency
+from ...models.loading import create_checked
 from ...models.placement import SampledPlacer
 from ...ops.saliency import normalize_saliency, spectral_residual
 from ...ops.samplers import get_sampler
@@ -131,7 +131,7 @@ def saliency_source(source: str, model: nn.Module, transform: Callable[[Image.Im
         return lambda images, paths: spectral_residual(images)
     kind, _, name = source.partition(':')
     if kind == 'attention':
-        vit = timm.create_model(name, pretrained=True).eval()
+        vit = create_checked(name, pretrained=True).eval()
         ours, its = model_normalization(model), model_normalization(vit)
 
         def attend(images: torch.Tensor, paths: Sequence[str | Path]) -> torch.Tensor:

@@ -3,19 +3,20 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Dict, List, Optional, Union
+from typing import Any
 
-import safetensors
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import validate_repo_id
-from timm.models import get_model_args, is_model, parse_model_name, resolve_model_input_args, save_for_hf
+from timm.models import get_model_args, parse_model_name, save_for_hf
 from torch import nn
 
 from ...models._timm import update_model_args
+from ...models.checkpoint_file import read_checkpoint
+from ...models.loading import read_config, resolve_checked
+from ...models.placement import SampledPlacer
 from ...models.spot_config import PROJECT_PAGE
 from ...models.spot_vit import SubpixelVisionTransformer
 
@@ -54,8 +55,8 @@ def save_folder(
         model: SubpixelVisionTransformer,
         folder: Path,
         source: str,
-        data: Optional[str] = None,
-        data_config: Optional[Dict] = None,
+        data: str | None = None,
+        data_config: dict[str, Any] | None = None,
 ) -> None:
     """Write model.safetensors, config.json (timm's format) and README.md, the model card.
 
@@ -70,7 +71,7 @@ def save_folder(
     backbone = get_model_args(model).get('backbone')
     if backbone and parse_model_name(backbone)[0]:
         # A folder must not need another repository to be rebuilt; the source's own arguments are recorded already.
-        update_model_args(model, backbone=resolve_model_input_args(backbone)['model_name'])
+        update_model_args(model, backbone=resolve_checked(backbone)['model_name'])
     save_for_hf(model, str(folder), safe_serialization=True, data_config=data_config)
     # safetensors makes its file readable by its owner only; a lab shares it.
     shutil.copymode(folder / 'config.json', folder / 'model.safetensors')
@@ -85,17 +86,15 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError('model was not built by timm.create_model, so no config says how to build it again.')
 
 
-def model_card(model: SubpixelVisionTransformer, source: str, data: Optional[str] = None) -> str:
+def model_card(model: SubpixelVisionTransformer, source: str, data: str | None = None) -> str:
     """Model card in Markdown: what the model is, where its weights come from, how to use and cite it."""
     cfg, embed = model.pretrained_cfg, model.patch_embed
     name = cfg['architecture'] + (f".{cfg['tag']}" if cfg.get('tag') else '')
     backbone = get_model_args(model).get('backbone')
     parameters = sum(p.numel() for p in model.parameters())
     tag = cfg.get('tag') or ''
-    data = data or ', then '.join(_DATA[part] for part in tag.split('_') if part in _DATA) or 'not recorded'
+    data = data or ', then '.join(_DATA[part] for part in tag.split('_') if part in _DATA) or 'unknown'
     licence = cfg.get('license')
-    prior = model.placer.eval_prior
-    budget = f'{prior.n_tokens} tokens' if prior.n_tokens else 'as many tokens as the image has whole patches'
     task = 'image-classification' if model.num_classes else 'image-feature-extraction'
     retrofit = f'backbone={backbone!r}, ' if backbone else ''
     what = f'a subpixel Vision Transformer of {parameters / 1e6:.1f} M parameters'
@@ -103,7 +102,7 @@ def model_card(model: SubpixelVisionTransformer, source: str, data: Optional[str
         what += f', {backbone} of timm retrofitted'
     return f"""---
 library_name: timm
-license: {licence or 'other'}
+license: {licence or 'unknown'}
 pipeline_tag: {task}
 tags:
 - timm
@@ -116,9 +115,9 @@ This is {what}. It reads {embed.window} x {embed.window} px windows at continuou
 grid ([SPoT]({PROJECT_PAGE})).
 
 * **Weights**: {source}
-* **Licence of the weights**: {licence or 'see their source'}
+* **Licence of the weights**: {licence or 'unknown, see their source'}
 * **Training data**: {data}
-* **Placement unless told otherwise**: sampler `{prior.sampler}`, {budget}; convention `{embed.convention}`
+* **Placement unless told otherwise**: {_describe_placement(model)}; convention `{embed.convention}`
 * **Classes**: {model.num_classes or 'none, gives features'}
 
 ## Usage
@@ -144,6 +143,14 @@ model = torch.hub.load(CLONE, '{cfg['architecture']}', source='local', {retrofit
 {_CITATION}"""
 
 
+def _describe_placement(model: SubpixelVisionTransformer) -> str:
+    prior = model.placer.eval_prior
+    budget = f'{prior.n_tokens} tokens' if prior.n_tokens else 'as many tokens as the image has whole patches'
+    if isinstance(model.placer, SampledPlacer):
+        return f'sampler `{prior.sampler}`, {budget}'
+    return f'placer `{model.placer.name}`, a network that its makers register, {budget}'
+
+
 def add_results(card: str, results: str) -> str:
     """Put a table of measured accuracy into a model card, in the place of an older one.
 
@@ -161,7 +168,7 @@ def add_results(card: str, results: str) -> str:
     missing = [name for name in ('sampler', 'n_tokens', 'top1') if not rows or name not in rows[0]]
     if missing:
         raise ValueError(f"{RESULTS} must have rows with the columns sampler, n_tokens, top1; it lacks {missing}.")
-    cells: Dict[str, Dict[int, float]] = {}
+    cells: dict[str, dict[int, float]] = {}
     for row in rows:
         name = row['sampler']
         if row.get('scorer'):
@@ -187,8 +194,8 @@ def push_to_hub(
         model: SubpixelVisionTransformer,
         repo_id: str,
         private: bool = False,
-        revision: Optional[str] = None,
-        results: Optional[Union[str, Path]] = None,
+        revision: str | None = None,
+        results: str | Path | None = None,
 ) -> str:
     """Publish a model on the Hugging Face Hub: safetensors, config and model card, no pickles.
 
@@ -211,7 +218,7 @@ def push_to_hub(
         return push_folder(Path(folder), repo_id, private, revision)
 
 
-def check_folder(folder: Union[str, Path], repo_id: str) -> List[str]:
+def check_folder(folder: str | Path, repo_id: str) -> list[str]:
     """Check that a folder holds a model that can be published under a name.
 
     Returns:
@@ -219,8 +226,8 @@ def check_folder(folder: Union[str, Path], repo_id: str) -> List[str]:
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: The weights are no safetensors file, the config names no registered model, or `repo_id` is not
-            'ORG/NAME'.
+        ValueError: The weights are damaged or not finite, the config is damaged or names no registered model, or
+            `repo_id` is not 'ORG/NAME'.
     """
     folder = Path(folder)
     if repo_id.count('/') != 1:
@@ -229,22 +236,16 @@ def check_folder(folder: Union[str, Path], repo_id: str) -> List[str]:
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: 'timm-spot convert' writes such a folder.")
-    try:
-        with safetensors.safe_open(folder / 'model.safetensors', framework='pt'):
-            pass
-    except safetensors.SafetensorError as e:
-        raise ValueError(f"{folder / 'model.safetensors'} is no intact safetensors file: {e}.") from e
-    architecture = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('architecture')
-    if not is_model(architecture or ''):
-        raise ValueError(f"{folder / 'config.json'} names the architecture {architecture!r}, which timm does not know.")
+    read_checkpoint(folder / 'model.safetensors')
+    read_config(folder / 'config.json')
     return sorted(p.name for p in folder.iterdir() if p.name not in (*FILES, RESULTS))
 
 
 def push_folder(
-        folder: Union[str, Path],
+        folder: str | Path,
         repo_id: str,
         private: bool = False,
-        revision: Optional[str] = None,
+        revision: str | None = None,
 ) -> str:
     """Publish a folder that `convert` wrote; with a `results.csv` in it the card shows it, see `add_results`.
 

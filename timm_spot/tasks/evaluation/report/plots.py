@@ -5,7 +5,7 @@ import importlib.util
 import io
 import re
 import textwrap
-from typing import TYPE_CHECKING, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Optional, Sequence
 
 from ..rows import Result
 from .tables import SHOWN, TITLES, Grouping, lines_of, value_of
@@ -57,7 +57,7 @@ def plot(results: Sequence[Result], by: Grouping, x: str) -> Optional[Figure]:
     return figure
 
 
-def _set_axes(ax, results: Sequence[Result], x: str, metric: str) -> None:
+def _set_axes(ax: Any, results: Sequence[Result], x: str, metric: str) -> None:
     from matplotlib.ticker import LogFormatter, ScalarFormatter
 
     ax.set_xscale('linear' if x == 'gflops' else 'log')
