@@ -360,7 +360,7 @@ def test_shared_models_stay_as_they_are(folder, tmp_path, pico):
     scored = plan_rows({'sparse': sparse}, data, Request(
         samplers=('grid',), budgets=(9,), scorers=('random',), keep_rates=(0.5,), seeds=(3, 4)))
     one, two = (scored[0].model_at(seed) for seed in (3, 4))
-    assert (one.scorer_seed, two.scorer_seed, one.keep_rate) == (3, 4, 0.5)
+    assert (one.plan.scorer_seed, two.plan.scorer_seed, one.keep_rate) == (3, 4, 0.5)
     assert one.head.weight is two.head.weight
 
 
