@@ -380,21 +380,6 @@ def test_predictors_that_judge_nothing_have_a_gradient_of_zero():
     assert model.blocks[0].attn.qkv.weight.grad.any()
 
 
-@pytest.mark.parametrize('name, reason', [
-    ('resnet18', 'it is a ResNet, not a timm VisionTransformer'),
-    ('eva02_tiny_patch14_224', 'it is a Eva'),
-    ('deit_tiny_distilled_patch16_224', 'distillation token'),
-    ('relevance_deit_tiny_patch16_224', 'drops tokens already: set_keep_rate'),
-])
-def test_other_models_are_refused_by_name_and_reason(name, reason):
-    with torch.device('meta'):
-        model = timm.create_model(name)
-    with pytest.raises(ValueError, match=f'^{name} .*{reason}'):
-        timm_spot.sparsify(model)
-    with pytest.raises(TypeError, match='got int'):
-        timm_spot.sparsify(3)
-
-
 @pytest.mark.parametrize('keywords, kind', [
     (dict(block_fn=ResPostBlock), 'ResPostBlock'),
     (dict(block_fn=ParallelScalingBlock), 'ParallelScalingBlock'),
