@@ -50,7 +50,7 @@ def test_preprocessing_of_the_run():
     assert preprocessing(args, 'f.pth') == dict(mean=[0.5], std=(0.25,), crop_pct=0.9)
     with pytest.raises(ValueError, match=r'std=\(0\.0,\) in its args must be positive'):
         preprocessing(dict(std=(0.,)), 'f.pth')
-    with pytest.raises(ValueError, match='mean=.* must be a list of finite numbers'):
+    with pytest.raises(ValueError, match=r'mean=.* must be a list of finite numbers'):
         preprocessing(dict(mean=[float('inf')]), 'f.pth')
 
 

@@ -48,7 +48,7 @@ def run_oracle(
         progress: Progress = lambda count: None,
         **search: Any,
 ) -> OracleResult:
-    """Search the placement of every image of a data set; continues where an earlier run with the same `out` ended.
+    """Search the placement of every image of a data set, and go on where an earlier run with the same `out` ended.
 
     Everything is checked before anything is written. Parts lie in the folder `<out>.parts` until all are done; then
     they are joined into `out` and removed. The header of `out` holds the key, the names of the pictures, one for each
@@ -58,8 +58,7 @@ def run_oracle(
         model: A subpixel ViT in eval mode, on the device to use.
         pictures: The data set. Its labels are used where they are the model's classes.
         out: The safetensors file to write, see `OracleResult`.
-        init: Sampler of the start, or the name of the model's own placer. Stochastic samplers draw for each image by
-            `seed` and its number in the data set.
+        init: Sampler of the start, which draws by `seed` and an image's number, or the name of the model's own placer.
         saliency: Where the maps of a salient `init` come from, see `saliency_source`; by default the model's own.
         n_tokens: Budget, by default the model's.
         seed: For stochastic samplers.
@@ -69,12 +68,8 @@ def run_oracle(
         progress: Called with the number of pictures whenever some are done, or found done.
         **search: Of `Search`; plain values, no functions.
 
-    Returns:
-        The result of all images, as written.
-
     Raises:
-        ValueError: `out` or its parts are of another key (names what differs) or damaged; a picture that cannot be
-            read; whatever is wrong with the arguments; any error of `optimize_positions`.
+        ValueError: `out` or its parts are of another key or damaged; a picture that cannot be read; wrong arguments.
         BlockingIOError: Another run writes to `out`.
         OSError: `out` cannot be written.
     """
