@@ -192,7 +192,7 @@ def test_without_matplotlib_the_install_line(pictures, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     result = run('draw', pictures / 'a.png', '--out', tmp_path / 'out.png')
     assert result.exit_code == 1
-    assert result.stderr == "Error: this needs matplotlib: pip install 'timm-spot[viz]'.\n"
+    assert result.stderr == "Error: this needs matplotlib: pip install 'timm-spot[viz]' (in a clone: pip install '.[viz]').\n"
 
 
 def test_the_help_lists_every_kind():

@@ -12,9 +12,9 @@ PYPROJECT = Path(__file__).parents[2] / 'pyproject.toml'
 
 
 @pytest.mark.parametrize('name, says', [
-    ('matplotlib', "this needs matplotlib: pip install 'timm-spot[viz]'."),
-    ('sklearn.datasets', "this needs sklearn: pip install 'timm-spot[train]'."),
-    ('onnxruntime', "this needs onnxruntime: pip install 'timm-spot[export]'."),
+    ('matplotlib', "this needs matplotlib: pip install 'timm-spot[viz]' (in a clone: pip install '.[viz]')."),
+    ('sklearn.datasets', "this needs sklearn: pip install 'timm-spot[train]' (in a clone: pip install '.[train]')."),
+    ('onnxruntime', "this needs onnxruntime: pip install 'timm-spot[export]' (in a clone: pip install '.[export]')."),
     ('datasets', 'this needs datasets: pip install datasets'),
     ('timm', None),
     (None, None),

@@ -19,13 +19,14 @@ def install_hint(error: ModuleNotFoundError) -> str | None:
 
     Example:
         >>> install_hint(ModuleNotFoundError(name='matplotlib.pyplot'))
-        "this needs matplotlib: pip install 'timm-spot[viz]'."
+        "this needs matplotlib: pip install 'timm-spot[viz]' (in a clone: pip install '.[viz]')."
     """
     if 'pip install' in str(error):
         return str(error)
     name = (error.name or '').partition('.')[0]
     if name in _EXTRAS:
-        return f"this needs {name}: pip install 'timm-spot[{_EXTRAS[name]}]'."
+        extra = _EXTRAS[name]
+        return f"this needs {name}: pip install 'timm-spot[{extra}]' (in a clone: pip install '.[{extra}]')."
     if name in _OTHERS:
         return f'this needs {name}: pip install {_OTHERS[name]}'
     return None
