@@ -21,10 +21,9 @@ from timm_spot.ops import windows
 from timm_spot.tasks.pictures.digits import CANVAS, draw_canvases, load_digits, to_input
 
 
-class PlainWindows:
-    """In the place of `_SymmetricWindows`: leaves the derivative to autograd."""
-
-    apply = staticmethod(windows._patch_windows)
+def plain_windows(images: torch.Tensor, positions: torch.Tensor, window: int, follow: bool) -> torch.Tensor:
+    """In the place of `symmetric_windows`: leaves the derivative to autograd."""
+    return windows.patch_windows(images, positions, window)
 
 
 def agreement(
@@ -67,9 +66,9 @@ def main(n_tokens: int, canvases: int, noise: float, steps: int, lr: float) -> N
     click.echo(f'{canvases} held-out canvases, {n_tokens} tokens, {steps} steps, lr {lr}')
     click.echo('| derivative | start | agreement in sign, % | coordinates compared | loss before | loss after |')
     click.echo('|---' * 6 + '|')
-    for derivative, windows_class in (('symmetric', windows._SymmetricWindows), ('plain autograd', PlainWindows)):
+    for derivative, read in (('symmetric', windows.symmetric_windows), ('plain autograd', plain_windows)):
         for place, start in (('patch grid', grid), ('half a pixel off', grid + 0.5 / CANVAS)):
-            with mock.patch.object(windows, '_SymmetricWindows', windows_class):
+            with mock.patch.object(windows, 'symmetric_windows', read):
                 share, compared = agreement(model, images, targets, start, noise)
                 result = timm_spot.optimize_positions(model, images, targets, init=start, steps=steps, lr=lr)
             click.echo(

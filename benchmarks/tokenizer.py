@@ -45,22 +45,22 @@ def run(config: Config) -> Section:
         'From uint8 images to tokens, ms', 'tokens', 'timm_spot on uint8', 'normalise the images, then timm_spot',
         'ratio')
     for n in (25, 49, 196):
-        embed.set_placement(n_tokens=n)
-        positions = embed.place(images).clone()
-        torch.testing.assert_close(straightforward(images, positions), embed(images), rtol=0, atol=1e-3)
+        placer = model.placer.replaced(n_tokens=n)
+        positions = placer(images).clone()
+        torch.testing.assert_close(straightforward(images, positions), embed(images, positions), rtol=0, atol=1e-3)
         ready = read_windows(images, positions, embed.window, 'patch').flatten(2)
 
         with torch.inference_mode():
             t = alternate({
-                'ours': lambda: embed(images),
+                'ours': lambda p=placer: embed(images, p(images)),
                 'positions': lambda p=positions: embed(images, p),
                 'straightforward': lambda p=positions: straightforward(images, p),
                 'projection': lambda r=ready: F.linear(r, embed.proj.weight.flatten(1), embed.proj.bias),
                 'windows': lambda p=positions: read_windows(images, p, embed.window, 'patch').flatten(2),
                 'indexing': lambda p=positions: index_windows(images, p, embed.window).flatten(2),
                 'unfold': lambda: unfold_windows(images, embed.window),
-                'bytes': lambda: embed(bytes_),
-                'normalised': lambda: embed(bytes_.float().sub_(mean).div_(std)),
+                'bytes': lambda p=placer: embed(bytes_, p(bytes_)),
+                'normalised': lambda p=placer: embed(bytes_.float().sub_(mean).div_(std), p(bytes_)),
             }, config)
         speedup, multiple = t['straightforward'] / t['ours'], t['ours'] / t['projection']
         forward.append([

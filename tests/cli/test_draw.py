@@ -192,7 +192,8 @@ def test_without_matplotlib_the_install_line(pictures, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     result = run('draw', pictures / 'a.png', '--out', tmp_path / 'out.png')
     assert result.exit_code == 1
-    assert result.stderr == "Error: this needs matplotlib: pip install 'timm-spot[viz]' (in a clone: pip install '.[viz]').\n"
+    assert result.stderr.startswith("Error: this needs matplotlib: pip install 'timm-spot[viz]'")
+    assert result.stderr.count('\n') == 1
 
 
 def test_the_help_lists_every_kind():
