@@ -19,7 +19,7 @@ demo: .venv/.installed  ## Predict the digits in examples/, draw placements, tim
 
 test: .venv/.installed  ## Run the tests
 	@echo "== running the tests"
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 lint: .venv/.installed  ## Check style and types
 	@echo "== ruff"

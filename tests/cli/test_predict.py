@@ -252,9 +252,11 @@ def test_predict_by_saliency(pictures, saved):
 
 
 def test_many_pictures_leave_no_figures_open(pictures, saved, tmp_path):
-    run('predict', pictures, '--model', saved, '--save-placement', tmp_path / 'all.png')
     import matplotlib.pyplot as plt
-    assert not plt.get_fignums()
+
+    before = plt.get_fignums()
+    run('predict', pictures, '--model', saved, '--save-placement', tmp_path / 'all.png')
+    assert plt.get_fignums() == before
 
 
 def test_models_lists_every_tag():

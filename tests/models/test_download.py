@@ -6,6 +6,7 @@ import http.server
 import io
 import threading
 import time
+import zlib
 
 import pytest
 import timm
@@ -46,9 +47,10 @@ def vit_files(tmp_path_factory):
 @pytest.fixture
 def repo(server, vit_files, request):
     """A repository with the ViT, whose name and bytes are the test's own: the cache would share an equal file."""
-    name = 'lab/' + ''.join(c if c.isalnum() else '_' for c in request.node.name)[:60]
+    number = zlib.crc32(request.node.name.encode())
+    name = f'lab/vit_{number}'
     config, weights = vit_files
-    weights = dict(weights, cls_token=weights['cls_token'] + hash(name) % 1000)
+    weights = dict(weights, cls_token=weights['cls_token'] + number % 10_007)
     server.repos[name] = dict(main={'config.json': config, 'model.safetensors': save(weights)})
     yield name
     server.damaged.clear()
