@@ -6,10 +6,13 @@ import json
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
+from PIL import Image
 from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 
 import timm_spot
+from timm_spot.cli import main
 from timm_spot.models import SpotPretrainedCfg
 
 PICO = 'spot_vit_pico_patch8_64'
@@ -163,3 +166,48 @@ def test_a_count_that_is_not_the_budget_is_refused():
     model = timm.create_model(PICO, placer='one_token_short', n_tokens=9)
     with pytest.raises(ValueError, match=r"placer 'one_token_short' gave positions of shape \(2, 8, 2\).*\(B, 9, 2\)"):
         model(torch.rand(2, 3, 64, 64))
+
+
+def test_distributed_training_reaches_it(toy, tmp_path):
+    """Every parameter has a gradient at each step, at random budgets too: no find_unused_parameters is needed."""
+    toy.set_placement(n_tokens=(4, 16))
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        model = torch.nn.parallel.DistributedDataParallel(toy.train())
+        for _ in range(3):
+            model.zero_grad()
+            model(torch.rand(2, 3, 64, 64)).square().sum().backward()
+            assert all(p.grad is not None for p in toy.parameters())
+            assert toy.placer.shift.weight.grad.abs().max() > 0
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def saved(toy, tmp_path):
+    """A folder with a model that a toy places, and two pictures in folders of their classes."""
+    timm.models.save_for_hf(toy, tmp_path / 'saved')
+    for label in range(10):
+        (tmp_path / 'data' / str(label)).mkdir(parents=True)
+        Image.effect_noise((64, 64), 40).save(tmp_path / 'data' / str(label) / 'a.png')
+    return str(tmp_path / 'saved')
+
+
+@pytest.mark.parametrize('command, says', [
+    (['predict', 'data/3/a.png', '--n-tokens', '4', '--save-placement', 'seen.png'], 'data/3/a.png  '),
+    (['draw', 'data/3/a.png', '--out', 'drawn.png', '--n-tokens', '4'], 'drawn.png  placement'),
+    (['evaluate', 'data', '--samplers', 'isotropic', '--budgets', '4,9', '--out', 'rows'], '| toy |'),
+    (['oracle', 'data', '--placer', 'toy', '--steps', '1', '--out', 'o.safetensors'], '10 images, 9 tokens, 1 steps'),
+    (['export', 'MODEL', 'model.pt2'], 'largest difference to the model'),
+    (['convert', 'MODEL', 'converted'], 'verified'),
+])
+def test_commands_use_it(saved, tmp_path, monkeypatch, command, says):
+    monkeypatch.chdir(tmp_path)
+    command = [saved if part == 'MODEL' else part for part in command]
+    if command[0] not in ('export', 'convert'):
+        command += ['--model', saved]
+    result = CliRunner().invoke(main, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert says in result.output
+    if command[0] == 'convert':
+        assert isinstance(timm.create_model(f'local-dir:{tmp_path}/converted', pretrained=True).placer, Toy)
