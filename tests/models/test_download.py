@@ -50,7 +50,7 @@ def repo(server, vit_files, request):
     number = zlib.crc32(request.node.name.encode())
     name = f'lab/vit_{number}'
     config, weights = vit_files
-    weights = dict(weights, cls_token=weights['cls_token'] + number % 10_007)
+    weights = dict(weights, cls_token=weights['cls_token'] + number % 10_007 / 10_007)
     server.repos[name] = dict(main={'config.json': config, 'model.safetensors': save(weights)})
     yield name
     server.damaged.clear()

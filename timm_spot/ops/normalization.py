@@ -42,7 +42,7 @@ class Normalization:
             raise TypeError(f'images are of {images.dtype}: pass floating point in [0, 1], or uint8.')
         mean, std = self._constants(images)
         if images.dtype == torch.uint8:
-            images = images.to(torch.float32).div_(255)
+            return images.to(torch.float32).div_(255).sub_(mean).div_(std)
         return images.sub(mean).div_(std)
 
     def undo(self, images: torch.Tensor) -> torch.Tensor:
