@@ -166,8 +166,8 @@ def test_priors_are_values():
 def test_drawn_budgets_stay_within_bounds(low, extra, seed, batch):
     placer = make_placer(n_tokens=(low, low + extra), seed=seed).train()
     placer.batches = batch
-    assert low <= placer.budget((8, 8)) <= low + extra
-    assert placer.eval().budget((8, 8)) == low + extra
+    assert low <= placer.budget((16, 16)) <= low + extra
+    assert placer.eval().budget((16, 16)) == low + extra
 
 
 def test_every_budget_of_a_range_is_drawn_small_ones_as_often_as_large_ones():
@@ -194,6 +194,12 @@ def test_budgets_do_not_lean_on_pythons_hash():
     for placer.batches in range(8):
         expected.append(placer.budget((64, 64)))
     assert outputs == {''.join(f'{n}\n' for n in expected)}
+
+
+def test_a_budget_beyond_the_pixels_is_refused():
+    assert make_placer(n_tokens=64).budget((8, 8)) == 64
+    with pytest.raises(ValueError, match='n_tokens=65 exceeds the pixels of an image of 8 x 8'):
+        make_placer(n_tokens=65)(torch.rand(1, 3, 8, 8))
 
 
 def test_registry_of_placers():

@@ -199,8 +199,13 @@ class Placer(nn.Module):
         """Tokens of each image of (H, W) pixels; in train mode those of this batch, where its budget is drawn.
 
         The draw follows from the seed and the number of the batch, so that all processes draw the same.
+
+        Raises:
+            ValueError: The budget exceeds the pixels of the image.
         """
         low, high = self.prior.budgets(image_size)
+        if high > image_size[0] * image_size[1]:
+            raise ValueError(f'n_tokens={high} exceeds the pixels of an image of {image_size[0]} x {image_size[1]}.')
         if not (self.training and low < high):
             return high
         generator = torch.Generator().manual_seed(derive_seed(self.prior.seed, self.batches))
@@ -299,8 +304,7 @@ def register_placer(name: str) -> Callable[[PlacerClass], PlacerClass]:
         name: A name not yet taken.
 
     Raises:
-        TypeError: The class is no `Placer`.
-        ValueError: The name is taken.
+        TypeError, ValueError: The class is no `Placer`, the name is taken.
 
     Example:
         >>> import timm, timm_spot, torch
