@@ -22,6 +22,7 @@ def test_get_started_runs_and_was_saved_with_its_outputs(monkeypatch, tmp_path):
     monkeypatch.setenv('PYTHONWARNINGS', 'ignore')
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setenv('HF_HOME', str(tmp_path))  # empty: nothing to find but what the package brings
+    monkeypatch.setenv('HOME', str(tmp_path))  # where IPython keeps its history; a home may be read-only
     saved = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(saved)
     fresh = nbformat.from_dict(saved)

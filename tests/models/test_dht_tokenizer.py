@@ -13,7 +13,7 @@ from timm_spot.models.dht_tokenizer import RowwiseLinear
 EDGE_CASES = ('constant_32x32', 'two_flat_halves_32x32', 'noise_5x7', 'no_level_2x3', 'one_level_32x32')
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture
 def released():
     return make_tokenizer('released_64x64')
 
