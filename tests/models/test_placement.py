@@ -212,3 +212,19 @@ def test_registry_of_placers():
         register_placer('module')(torch.nn.Identity)
     with pytest.raises(NotImplementedError, match='Placer must define forward'):
         timm_spot.Placer(Prior(), Prior())(torch.rand(1, 3, 32, 32))
+
+
+def test_a_sampler_of_one_s_own_may_follow_the_default_dtype():
+    """Its draws are others in float64: they must not stay behind for those who come later."""
+    @timm_spot.register_sampler('of_the_default_dtype')
+    def of_the_default_dtype(n_tokens, generator, **_):
+        return torch.rand(n_tokens, 2, generator=generator)
+
+    placer, images = make_placer(n_tokens=7, sampler='of_the_default_dtype'), torch.rand(1, 3, 32, 32)
+    try:
+        torch.set_default_dtype(torch.float64)
+        during = placer(images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    expected = torch.rand(7, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(placer(images)[0], expected) and not torch.equal(during[0], expected)

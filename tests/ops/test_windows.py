@@ -166,3 +166,12 @@ def test_windows_read_for_the_gradient_are_the_plain_ones(k, H, W, dtype, quarte
     torch.testing.assert_close(
         sample_windows(image, positions.requires_grad_(), k).detach(), plain, rtol=0,
         atol=1e-4 if dtype == torch.float32 else 1e-9)
+
+
+def test_spot_reads_nothing_at_the_last_pixel_itself():
+    """A sample counts where 0 <= index < L - 1: index 0 does, index L - 1 does not."""
+    image = torch.arange(1., 17.).view(1, 1, 4, 4)
+    # Samples of a 2 px window lie at p * 4 +- 1: at 1 and 3, and at 0 and 2.
+    assert sample_windows(image, torch.tensor([[0.5, 0.5]]), 2, 'spot').flatten().tolist() == [6., 0., 0., 0.]
+    assert sample_windows(image, torch.tensor([[0.25, 0.25]]), 2, 'spot').flatten().tolist() == [
+        1., 3., 9., 11.]
