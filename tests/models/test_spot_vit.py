@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 
-import onnxruntime
 import pytest
 import timm
 import torch
@@ -217,6 +216,8 @@ def test_export_with_placement_baked_in_or_as_input():
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::UserWarning')  # exporter's
 @pytest.mark.parametrize('with_positions', [False, True])
 def test_onnx_with_dynamic_batch_and_budget(with_positions, tmp_path):
+    import onnxruntime
+
     model = create(n_tokens=9, sampler='sobol', depth=1)
     dynamic = torch.export.Dim.DYNAMIC
     inputs, shapes = (torch.randn(2, 3, 64, 64), torch.rand(2, 7, 2)), ({0: dynamic}, {0: dynamic, 1: dynamic})
