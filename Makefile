@@ -32,7 +32,7 @@ timm-test: .venv/.installed  ## Run timm's own model tests, from its source dist
 	$(BIN)/python tests/run_timm_tests.py
 
 # The oldest that pyproject.toml claims, and a Python that has them.
-FLOOR := torch==2.7.0 torchvision==0.22.0 timm==1.0.31 scipy==1.15.0 click==8.1.0
+FLOOR := torch==2.9.1 torchvision==0.24.1 timm==1.0.31 scipy==1.15.0 click==8.1.0
 FLOOR_TESTS := tests/ops tests/models/test_placement.py tests/models/test_subpixel_embed.py tests/models/test_spot_vit.py \
 	tests/models/test_spot_checkpoint.py tests/models/test_dht_embed.py tests/models/test_pruning_predictor.py
 
