@@ -31,7 +31,8 @@ timm-test: .venv/.installed  ## Run timm's own model tests, from its source dist
 	@echo "== timm's tests/test_models.py"
 	$(BIN)/python tests/run_timm_tests.py
 
-# The oldest that pyproject.toml claims, and a Python that has them.
+# The oldest that pyproject.toml claims, and a Python that has them. Without ONNX, which is an extra, and without inductor:
+# that of torch 2.9 fails where a compiled model changes its image size.
 FLOOR := torch==2.9.1 torchvision==0.24.1 timm==1.0.31 scipy==1.15.0 click==8.1.0
 FLOOR_TESTS := tests/ops tests/models/test_placement.py tests/models/test_subpixel_embed.py tests/models/test_spot_vit.py \
 	tests/models/test_spot_checkpoint.py tests/models/test_dht_embed.py tests/models/test_pruning_predictor.py
@@ -45,7 +46,7 @@ FLOOR_TESTS := tests/ops tests/models/test_placement.py tests/models/test_subpix
 
 floor-test: .venv-floor/.installed  ## Run the fast part of the tests with the oldest timm and torch that are claimed
 	@echo "== running the fast tests on the oldest versions"
-	OMP_NUM_THREADS=1 .venv-floor/bin/python -m pytest -q -k 'not onnx' $(FLOOR_TESTS)
+	OMP_NUM_THREADS=1 .venv-floor/bin/python -m pytest -q -k 'not onnx and not inductor' $(FLOOR_TESTS)
 
 bench: .venv/.installed  ## Measure speed and memory, write benchmarks/RESULTS.md (TOME=FOLDER: a clone of ToMe too)
 	@echo "== python -m benchmarks (about 20 minutes on two threads)"

@@ -286,7 +286,7 @@ class SampledPlacer(Placer):
                 raise ValueError(f'saliency of shape {tuple(maps.shape)} does not match a batch of {B} images.')
         elif self.training and not get_sampler(prior.sampler).deterministic:
             positions = sample_positions(prior.sampler, n_tokens, size, B, window=prior.window)
-        elif torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        elif torch.compiler.is_dynamo_compiling():
             positions = _placement_operator(prior.sampler, n_tokens, H, W, prior.window, prior.seed, images.device)
         else:
             positions = _fixed_placement(prior.sampler, n_tokens, size, prior.window, prior.seed, images.device)
