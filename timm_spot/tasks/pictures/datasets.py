@@ -5,14 +5,16 @@ import bisect
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
 from .classes import check_classes as check_classes
+from .images import PictureError
 from .sources import DIGITS as DIGITS
 from .sources import NO_LABEL, Part, is_named, open_several, open_source
 
@@ -124,3 +126,26 @@ class Pictures(Dataset):
             raise IndexError(f'picture {index} of {len(self)}')
         part = bisect.bisect_right(self._ends, index)
         return self._parts[part], index - (self._ends[part - 1] if part else 0)
+
+
+class Loaded(NamedTuple):
+    """A picture as a model takes it, or what is wrong with it."""
+
+    index: int
+    image: torch.Tensor | None
+    label: int
+    broken: str
+
+
+class Transformed(Dataset):
+    """Pictures through a transform; one that cannot be read is an entry that says so."""
+
+    def __init__(self, pictures: Pictures, transform: Callable[[Image.Image], torch.Tensor]) -> None:
+        self.pictures, self.transform = pictures, transform
+
+    def __getitem__(self, index: int) -> Loaded:
+        try:
+            picture, label = self.pictures[index]
+        except PictureError as e:
+            return Loaded(index, None, -1, str(e))
+        return Loaded(index, self.transform(picture), int(label), '')

@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ..kept import KeptParts, whole_file
 from ..processes import Processes
-from .datasets import Pictures
+from .datasets import Loaded, Pictures, Transformed
 from .files import printable
-from .images import PictureError, model_normalization, model_transform
+from .images import model_normalization, model_transform
 
 
 class Batch(NamedTuple):
@@ -100,7 +99,7 @@ class Decoded:
             rows = [self._rows(b) for b in missing]
             progress(sum(len(self._rows(b)) for b in own if b not in missing))
             loader = DataLoader(
-                _Transformed(self.pictures, self.transform), batch_sampler=rows, num_workers=self.workers,
+                Transformed(self.pictures, self.transform), batch_sampler=rows, num_workers=self.workers,
                 collate_fn=list)
             for b, loaded in zip(missing, loader):
                 self._write(b, loaded)
@@ -138,9 +137,9 @@ class Decoded:
             raise ValueError(f'{broken[0]} --skip-broken leaves such pictures out, and lists them.')
 
     def _decode_stream(self, progress: Callable[[int], Any]) -> None:
-        loaded: list[_Loaded] = []
+        loaded: list[Loaded] = []
         for i, (picture, label) in enumerate(self.pictures):
-            loaded.append(_Loaded(i, self.transform(picture), label, ''))
+            loaded.append(Loaded(i, self.transform(picture), label, ''))
             progress(1)
             if len(loaded) == self.batch_size:
                 self._write(self.count, loaded)
@@ -149,35 +148,14 @@ class Decoded:
             self._write(self.count, loaded)
             self.count += 1
 
-    def _write(self, b: int, loaded: list[_Loaded]) -> None:
+    def _write(self, b: int, loaded: list[Loaded]) -> None:
         good = [one for one in loaded if not one.broken]
         broken = [one.broken for one in loaded if one.broken]
         self._refuse(broken)
-        size = good[0].pixels.shape if good else (3, 0, 0)
+        size = good[0].image.shape if good else (3, 0, 0)
         tensors = dict(
-            pixels=torch.stack([one.pixels for one in good]) if good else torch.empty(0, *size, dtype=torch.uint8),
+            pixels=torch.stack([one.image for one in good]) if good else torch.empty(0, *size, dtype=torch.uint8),
             labels=torch.tensor([one.label for one in good], dtype=torch.long),
             index=torch.tensor([one.index for one in good], dtype=torch.long))
         with whole_file(self.parts.file(b)) as partial:
             save_file(tensors, partial, metadata=dict(broken=json.dumps(broken)))
-
-
-class _Loaded(NamedTuple):
-    index: int
-    pixels: torch.Tensor | None
-    label: int
-    broken: str
-
-
-class _Transformed(Dataset):
-    """Pictures through a transform; one that cannot be read is an entry that says so."""
-
-    def __init__(self, pictures: Pictures, transform: Callable[[Image.Image], torch.Tensor]) -> None:
-        self.pictures, self.transform = pictures, transform
-
-    def __getitem__(self, index: int) -> _Loaded:
-        try:
-            picture, label = self.pictures[index]
-        except PictureError as e:
-            return _Loaded(index, None, -1, str(e))
-        return _Loaded(index, self.transform(picture), int(label), '')

@@ -10,17 +10,16 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ..kept import KeptParts, check_key, check_output, lock_output, remove_leftovers, whole_file
-from ..pictures.datasets import Pictures
-from ..pictures.images import PictureError
+from ..pictures.datasets import Loaded, Pictures, Transformed
 from ..pictures.saliency_maps import SaliencySource, saliency_source
 from .draws import draw_placements
 from .optimize import optimize_positions
@@ -144,7 +143,7 @@ def _make_parts(
     return count
 
 
-def _write_part(plan: Plan, file: Path, loaded: list[_Loaded], read_maps: SaliencySource | None) -> None:
+def _write_part(plan: Plan, file: Path, loaded: list[Loaded], read_maps: SaliencySource | None) -> None:
     """Search a batch, and write what was found of the pictures that could be read."""
     good = [one for one in loaded if not one.broken]
     header = dict(rows=[one.index for one in good], broken=[one.broken for one in loaded if one.broken])
@@ -157,7 +156,7 @@ def _write_part(plan: Plan, file: Path, loaded: list[_Loaded], read_maps: Salien
             save_file({}, partial, metadata)
 
 
-def _search(plan: Plan, good: list[_Loaded], read_maps: SaliencySource | None) -> OracleResult:
+def _search(plan: Plan, good: list[Loaded], read_maps: SaliencySource | None) -> OracleResult:
     model = plan.model
     images = torch.stack([one.image for one in good]).to(next(model.parameters()).device)
     index = torch.tensor([one.index for one in good])
@@ -231,40 +230,20 @@ def _refuse(broken: Iterable[str]) -> None:
         raise ValueError(f'{first} --skip-broken leaves such pictures out, and lists them.')
 
 
-class _Loaded(NamedTuple):
-    """A picture as the model takes it, or what is wrong with it."""
-
-    index: int
-    image: torch.Tensor | None
-    label: int
-    broken: str
-
-
-class _Transformed(Dataset):
-    def __init__(self, plan: Plan) -> None:
-        self.pictures, self.transform = plan.pictures, plan.transform
-
-    def __getitem__(self, index: int) -> _Loaded:
-        try:
-            picture, label = self.pictures[index]
-        except PictureError as e:
-            return _Loaded(index, None, -1, str(e))
-        return _Loaded(index, self.transform(picture), int(label), '')
-
-
-def _read(plan: Plan, numbers: list[int], workers: int) -> Iterator[tuple[int, list[_Loaded]]]:
+def _read(plan: Plan, numbers: list[int], workers: int) -> Iterator[tuple[int, list[Loaded]]]:
     """Batches by their numbers, in order."""
     size, count = plan.batch_size, len(plan.pictures)
     rows = [range(b * size, min((b + 1) * size, count)) for b in numbers]
-    loader = DataLoader(_Transformed(plan), batch_sampler=rows, num_workers=workers, collate_fn=list)
+    loader = DataLoader(
+        Transformed(plan.pictures, plan.transform), batch_sampler=rows, num_workers=workers, collate_fn=list)
     return zip(numbers, loader)
 
 
-def _read_stream(plan: Plan) -> Iterator[tuple[int, list[_Loaded]]]:
+def _read_stream(plan: Plan) -> Iterator[tuple[int, list[Loaded]]]:
     """All batches of a data set that can only be read in order."""
-    loaded: list[_Loaded] = []
+    loaded: list[Loaded] = []
     for i, (picture, label) in enumerate(plan.pictures):
-        loaded.append(_Loaded(i, plan.transform(picture), int(label), ''))
+        loaded.append(Loaded(i, plan.transform(picture), int(label), ''))
         if len(loaded) == plan.batch_size:
             yield i // plan.batch_size, loaded
             loaded = []
