@@ -14,15 +14,15 @@ from .models.dht_segmenter import DhtSegmenter as DhtSegmenter
 from .models.dht_tokenizer import HierarchicalTokenizer as HierarchicalTokenizer
 from .models.dht_tokenizer import Regions as Regions
 from .models.placement import Placer as Placer
-from .models.placement import Prior as Prior
 from .models.placement import list_placers as list_placers
 from .models.placement import register_placer as register_placer
+from .models.prior import Prior as Prior
 from .models.pruning_vit import sparsify as sparsify
 from .models.spot_retrofit import retrofit as retrofit
+from .ops.placements import sample_positions as sample_positions
 from .ops.saliency import spectral_residual as spectral_residual
 from .ops.samplers import list_samplers as list_samplers
 from .ops.samplers import register_sampler as register_sampler
-from .ops.samplers import sample_positions as sample_positions
 from .ops.windows import sample_windows as sample_windows
 
 if TYPE_CHECKING:  # what an editor follows; at run time these load on first use, see `_TASKS`

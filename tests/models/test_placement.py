@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import timm_spot
-from timm_spot.models.placement import Prior, SampledPlacer, get_placer, list_placers, register_placer
+from timm_spot.models.placement import SampledPlacer, get_placer, list_placers, register_placer
+from timm_spot.models.prior import Prior
 
 
 def make_placer(**fields):
@@ -183,7 +184,8 @@ def test_every_budget_of_a_range_is_drawn_small_ones_as_often_as_large_ones():
 
 def test_budgets_do_not_lean_on_pythons_hash():
     program = (
-        'from timm_spot.models.placement import Prior, SampledPlacer\n'
+        'from timm_spot.models.placement import SampledPlacer\n'
+        'from timm_spot.models.prior import Prior\n'
         'placer = SampledPlacer(Prior(n_tokens=(1, 999)), Prior())\n'
         'for placer.batches in range(8): print(placer.budget((64, 64)))')
     outputs = {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import timm_spot  # noqa: F401  registers the models
 from timm_spot.models import SpotPretrainedCfg
-from timm_spot.models.placement import Prior
+from timm_spot.models.prior import Prior
 from timm_spot.models.spot_config import (
     PLACEMENT_FIELDS,
     make_priors,

@@ -179,6 +179,7 @@ def test_compiles_without_a_break(sampler):
 ])
 def test_compiled_models_change_size_and_budget(backend, budgets, sizes):
     """At a second image size symbolic ints once reached the function that draws the placement, which refused them."""
+    torch._dynamo.reset()
     model = create(embed_dim=32, depth=1, num_heads=2).eval()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     with torch.no_grad():

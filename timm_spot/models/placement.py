@@ -1,10 +1,10 @@
-"""Where tokens lie: priors, the modules that place tokens, and the registry of these.
+"""Where tokens lie and how large they are: the modules that place tokens, and the registry of these.
 
 Paper: `SPoT: Subpixel Placement of Tokens in Vision Transformers` - https://arxiv.org/abs/2507.01654
 
-A `Placer` turns images (B, C, H, W) into positions (B, N, 2). `SampledPlacer` draws them by a registered sampler and
-looks at an image at most through its saliency; a network that looks for itself is a class of its own, see
-`register_placer`.
+A `Placer` turns images (B, C, H, W) into a placement: positions (B, N, 2), or positions and spacings (B, N, 4).
+`SampledPlacer` draws it by a registered sampler and looks at an image at most through its saliency; a network that
+looks for itself is a class of its own, see `register_placer`.
 """
 from __future__ import annotations
 
@@ -13,90 +13,20 @@ import difflib
 import operator
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Optional, TypeVar
 
 import torch
 from timm.models import register_notrace_module
 from torch import nn
 
-from ..ops.saliency import spectral_residual
-from ..ops.samplers import check_budgets, check_seed, derive_seed, get_sampler, lattice_shape, sample_positions
+from ..ops.placements import sample_placement
+from ..ops.samplers import derive_seed, get_sampler, lattice_shape
+from ..ops.sizes import check_coverage
 from ._shallow import shallow_copy
+from .prior import ImageSize, Prior, compute_saliency
 
-Saliency = str | torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
-SALIENCY_NAMES = {'spectral_residual': spectral_residual}  # a saved model can keep a name, not a function
 SAMPLED = 'sampled'  # the placer that a model has unless it is given another
-ImageSize = tuple[int, int]
-
-
-def compute_saliency(saliency: Saliency | None, images: torch.Tensor) -> torch.Tensor | None:
-    """Maps of images that a `saliency` keyword stands for: by name, by function, or as they are."""
-    if isinstance(saliency, str):
-        saliency = SALIENCY_NAMES[saliency]
-    return saliency(images) if callable(saliency) else saliency
-
-
-@dataclass(frozen=True)
-class Prior:
-    """What a placer needs to know besides the images.
-
-    Attributes:
-        sampler: Spatial prior, see `timm_spot.list_samplers`.
-        n_tokens: Budget; None for the count of whole patches in each image, (low, high) for one drawn for each
-            training batch, log-uniformly: small budgets are as common as large ones.
-        seed: Of the placement that a model in eval mode gives every image, and of the random budgets.
-        saliency: 'spectral_residual', a function from images to maps, or a map (H, W) or (B, H, W), for samplers that
-            need one.
-        window: Side of a window in pixels.
-
-    Raises:
-        TypeError: A budget that is no whole number, a saliency that is nothing of the above.
-        ValueError: An unknown sampler or saliency, a sampler without the saliency it needs, a budget below 1 or a range
-            out of order, a seed out of range.
-    """
-
-    sampler: str = 'isotropic'
-    n_tokens: int | tuple[int, int] | None = None
-    seed: int = 0
-    saliency: Saliency | None = None
-    window: int = 16
-
-    def __post_init__(self) -> None:
-        if isinstance(self.n_tokens, (list, tuple)):
-            object.__setattr__(self, 'n_tokens', check_budgets(self.n_tokens))
-        elif self.n_tokens is not None:
-            check_budgets(self.n_tokens)
-        check_seed(self.seed)
-        saliency = self.saliency
-        if isinstance(saliency, str) and saliency not in SALIENCY_NAMES:
-            raise ValueError(f"saliency={saliency!r} is unknown, the names are {', '.join(SALIENCY_NAMES)}.")
-        if not (saliency is None or callable(saliency) or isinstance(saliency, (str, torch.Tensor))):
-            raise TypeError(
-                "saliency must be 'spectral_residual', a function from images to maps or a map of shape (B, H, W), "
-                f'got {saliency!r}.')
-        if self.needs_saliency and saliency is None:
-            raise ValueError(
-                f"sampler={self.sampler!r} needs a saliency map: pass saliency='spectral_residual', a function from "
-                'images to maps, or a map of shape (B, H, W).')
-
-    @property
-    def needs_saliency(self) -> bool:
-        """Whether the sampler draws from a saliency map."""
-        return 'saliency' in get_sampler(self.sampler).keywords
-
-    @property
-    def draws_budget(self) -> bool:
-        """Whether the budget is drawn for each training batch."""
-        return isinstance(self.n_tokens, tuple) and self.n_tokens[0] < self.n_tokens[1]
-
-    def budgets(self, image_size: ImageSize) -> tuple[int, int]:
-        """Smallest and largest budget for images of (H, W) pixels."""
-        if self.n_tokens is None:
-            n = (image_size[0] // self.window) * (image_size[1] // self.window)
-            return n, n
-        return check_budgets(self.n_tokens)
 
 
 class _Plan(NamedTuple):
@@ -107,17 +37,20 @@ class _Plan(NamedTuple):
     image_size: ImageSize
     window: int
     seed: int
+    coverage: float
+    n_coarse: int | None
     device: torch.device
     dtype: torch.dtype
 
 
 @lru_cache(maxsize=256)
 def _carry_out(plan: _Plan) -> torch.Tensor:
-    """The placement (1, N, 2) of a plan."""
+    """The placement (1, N, 2) of a plan, or (1, N, 4)."""
     def draw() -> torch.Tensor:
         generator = torch.Generator().manual_seed(plan.seed)
-        return sample_positions(
-            plan.sampler, plan.n_tokens, plan.image_size, generator=generator, window=plan.window).to(plan.device)
+        return sample_placement(
+            plan.sampler, plan.n_tokens, plan.image_size, generator=generator, window=plan.window,
+            coverage=plan.coverage, n_coarse=plan.n_coarse).to(plan.device)
 
     # A thread of its own knows nothing of the caller's inference mode, default device or the fake tensors of
     # torch.export, any of which would make the kept placement unusable for the next caller.
@@ -127,34 +60,39 @@ def _carry_out(plan: _Plan) -> torch.Tensor:
 
 @torch.compiler.assume_constant_result
 def _fixed_placement(
-        sampler: str, n_tokens: int, image_size: ImageSize, window: int, seed: int, device: torch.device,
+        sampler: str, n_tokens: int, image_size: ImageSize, window: int, seed: int, coverage: float,
+        n_coarse: int | None, device: torch.device,
 ) -> torch.Tensor:
-    """The one placement (1, N, 2) that all images of a size share, a constant to exported programs; a copy."""
-    return _carry_out(
-        _Plan(sampler, n_tokens, image_size, window, seed, device, torch.get_default_dtype())).clone()
+    """The one placement that all images of a size share, a constant to exported programs; a copy."""
+    return _carry_out(_Plan(
+        sampler, n_tokens, image_size, window, seed, coverage, n_coarse, device, torch.get_default_dtype())).clone()
 
 
 # To `torch.compile` it is an operator: one program then serves all sizes and budgets.
 @torch.library.custom_op('timm_spot::fixed_placement', mutates_args=())
 def _placement_operator(
-        sampler: str, n_tokens: int, height: int, width: int, window: int, seed: int, device: torch.device,
+        sampler: str, n_tokens: int, height: int, width: int, window: int, seed: int, coverage: float,
+        n_coarse: Optional[int], device: torch.device, columns: int,
 ) -> torch.Tensor:
-    return _fixed_placement(sampler, n_tokens, (height, width), window, seed, device)
+    return _fixed_placement(sampler, n_tokens, (height, width), window, seed, coverage, n_coarse, device)
 
 
 @_placement_operator.register_fake
 def _(
-        sampler: str, n_tokens: int, height: int, width: int, window: int, seed: int, device: torch.device,
+        sampler: str, n_tokens: int, height: int, width: int, window: int, seed: int, coverage: float,
+        n_coarse: Optional[int], device: torch.device, columns: int,
 ) -> torch.Tensor:
-    return torch.empty(1, n_tokens, 2, dtype=torch.float32, device=device)
+    return torch.empty(1, n_tokens, columns, dtype=torch.float32, device=device)
 
 
 @register_notrace_module
 class Placer(nn.Module):
-    """Images to positions: the base of `SampledPlacer` and of placement networks of one's own.
+    """Images to placements: the base of `SampledPlacer` and of placement networks of one's own.
 
     Shapes: images (B, C, H, W), normalised, float32; positions (B, N, 2), (y, x) in [0, 1], with N = `budget((H, W))`.
-    An image's positions must not depend on its neighbours in the batch.
+    With spacings (y, x) in pixels in two more columns it sizes its windows too; otherwise the model does, by the
+    distances between tokens, where there is a `coverage()`. An image's placement must not depend on its neighbours in
+    the batch.
 
     A subclass is registered by `timm_spot.register_placer`, built with the two priors, and calls this `__init__` with
     them. It works in float32 whatever the precision of the model around it, since coarser coordinates misplace windows.
@@ -208,9 +146,17 @@ class Placer(nn.Module):
             raise ValueError(f'n_tokens={high} exceeds the pixels of an image of {image_size[0]} x {image_size[1]}.')
         if not (self.training and low < high):
             return high
-        generator = torch.Generator().manual_seed(derive_seed(self.prior.seed, self.batches))
-        share = torch.rand((), generator=generator, dtype=torch.float64, device='cpu').item()
-        return min(high, int(low * ((high + 1) / low) ** share))
+        return min(high, int(low * ((high + 1) / low) ** self._share()))
+
+    def coverage(self) -> float:
+        """How much of its cell a window covers; in train mode that of this batch, where it is drawn."""
+        low, high = check_coverage(self.prior.coverage)
+        return low + (high - low) * self._share(1) if self.training and low < high else high
+
+    def _share(self, *numbers: int) -> float:
+        """A random number in [0, 1) that follows from the seed, the number of the batch and other numbers."""
+        generator = torch.Generator().manual_seed(derive_seed(self.prior.seed, self.batches, *numbers))
+        return torch.rand((), generator=generator, dtype=torch.float64, device='cpu').item()
 
     def lattice(self, image_size: ImageSize) -> tuple[int, int] | None:
         """Rows and columns of the lattice on which the tokens of all images of (H, W) pixels lie, None without one."""
@@ -271,25 +217,31 @@ class SampledPlacer(Placer):
             return None
         n_tokens = operator.index(self.budget(image_size))
         return lattice_shape(
-            _fixed_placement(prior.sampler, n_tokens, image_size, prior.window, prior.seed, torch.device('cpu')))
+            _fixed_placement(
+                prior.sampler, n_tokens, image_size, prior.window, prior.seed, self.coverage(), prior.n_coarse,
+                torch.device('cpu'))[..., :2])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         (B, _, H, W), prior = images.shape, self.prior
-        n_tokens, size = self.budget((H, W)), (H, W)
+        n_tokens, size, coverage = self.budget((H, W)), (H, W), self.coverage()
+        sizes = dict(window=prior.window, coverage=coverage, n_coarse=prior.n_coarse)
         if prior.needs_saliency:
             maps = compute_saliency(prior.saliency, images)
             generator = None if self.training else torch.Generator().manual_seed(prior.seed)
             # One draw for a batch of maps shares its random numbers: each placement then depends on its map alone.
-            positions = sample_positions(
-                prior.sampler, n_tokens, size, B if self.training else 1, maps, generator, prior.window)
+            positions = sample_placement(
+                prior.sampler, n_tokens, size, B if self.training else 1, maps, generator, **sizes)
             if positions.shape[0] not in (1, B):
                 raise ValueError(f'saliency of shape {tuple(maps.shape)} does not match a batch of {B} images.')
         elif self.training and not get_sampler(prior.sampler).deterministic:
-            positions = sample_positions(prior.sampler, n_tokens, size, B, window=prior.window)
+            positions = sample_placement(prior.sampler, n_tokens, size, B, **sizes)
         elif torch.compiler.is_dynamo_compiling():
-            positions = _placement_operator(prior.sampler, n_tokens, H, W, prior.window, prior.seed, images.device)
+            positions = _placement_operator(
+                prior.sampler, n_tokens, H, W, prior.window, prior.seed, coverage, prior.n_coarse, images.device,
+                4 if prior.has_sizes else 2)
         else:
-            positions = _fixed_placement(prior.sampler, n_tokens, size, prior.window, prior.seed, images.device)
+            positions = _fixed_placement(
+                prior.sampler, n_tokens, size, prior.window, prior.seed, coverage, prior.n_coarse, images.device)
         return positions.to(images.device).expand(B, -1, -1)
 
 

@@ -57,6 +57,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module, fresh: Sequenc
 
 def keep_fresh(state_dict: StateDict, model: nn.Module, fresh: Sequence[str]) -> StateDict:
     """Fill a state dict up with the model's own tensors under any of the prefixes `fresh` that it has nothing of."""
+    fresh = (*fresh, 'patch_embed.size_proj.')  # they start at 0
     missing = tuple(prefix for prefix in fresh if not any(key.startswith(prefix) for key in state_dict))
     if not missing:
         return state_dict

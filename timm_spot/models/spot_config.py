@@ -14,8 +14,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg, get_pretrained_cfg, resolve_pretrained_cfg
 
 from ..ops.samplers import check_budgets
+from ..ops.sizes import check_coverage
 from .download import prefer_file
-from .placement import Prior, Saliency
+from .prior import Prior, Saliency
 
 PROJECT_PAGE = 'https://dsb-ifi.github.io/SPoT/'
 
@@ -33,9 +34,14 @@ class SpotPretrainedCfg(PretrainedCfg):
     eval_n_tokens: int | None = None
     eval_sampler: str | None = None
     placer: str | None = None
+    coverage: float | Sequence[float] | None = None
+    eval_coverage: float | None = None
+    n_coarse: int | None = None
+    size_embed: bool | None = None
 
 
 TIMM_FIELDS = tuple(f.name for f in dataclasses.fields(PretrainedCfg))
+BOTH_MODES = ('n_tokens', 'sampler', 'coverage')  # eval mode follows training, unless its own is given
 PLACEMENT_FIELDS = tuple(f.name for f in dataclasses.fields(SpotPretrainedCfg) if f.name not in TIMM_FIELDS)
 
 
@@ -96,13 +102,16 @@ def make_priors(
         saliency: Saliency | None = None,
         eval_n_tokens: int | None = None,
         eval_sampler: str | None = None,
+        coverage: float | Sequence[float] | None = None,
+        eval_coverage: float | None = None,
+        n_coarse: int | None = None,
 ) -> tuple[Prior, Prior]:
     """The priors of training and of evaluation that the keywords of a model stand for; None is the default.
 
-    By default evaluation has the largest budget of training, and its sampler.
+    By default evaluation has the largest budget and coverage of training, and its sampler.
 
     Raises:
-        TypeError, ValueError: As `Prior`; `eval_n_tokens` that is no single budget.
+        TypeError, ValueError: As `Prior`; `eval_n_tokens` or `eval_coverage` that is no single one.
     """
     default = Prior()
     budget = tuple(n_tokens) if isinstance(n_tokens, list) else n_tokens  # JSON has no tuples
@@ -112,6 +121,8 @@ def make_priors(
         seed=default.seed if seed is None else seed,
         saliency=saliency,
         window=window,
+        coverage=default.coverage if coverage is None else tuple(coverage) if isinstance(coverage, list) else coverage,
+        n_coarse=n_coarse,
     )
     if eval_n_tokens is None:
         largest = None if train.n_tokens is None else check_budgets(train.n_tokens)[1]
@@ -119,8 +130,14 @@ def make_priors(
         raise TypeError(f'eval_n_tokens={eval_n_tokens!r} must be one budget: only training draws budgets.')
     else:
         largest = eval_n_tokens
-    sampler = train.sampler if eval_sampler is None else eval_sampler
-    return train, dataclasses.replace(train, sampler=sampler, n_tokens=largest)
+    if isinstance(eval_coverage, (list, tuple)):
+        raise TypeError(f'eval_coverage={eval_coverage!r} must be one number: only training draws coverages.')
+    return train, dataclasses.replace(
+        train,
+        sampler=train.sampler if eval_sampler is None else eval_sampler,
+        n_tokens=largest,
+        coverage=check_coverage(train.coverage)[1] if eval_coverage is None else eval_coverage,
+    )
 
 
 def merge_settings(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,7 +149,7 @@ def merge_settings(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """
     merged: dict[str, Any] = {}
     for layer in layers:
-        for name in ('n_tokens', 'sampler'):
+        for name in BOTH_MODES:
             if name in layer:
                 merged.pop(name, None)
                 merged.pop(f'eval_{name}', None)

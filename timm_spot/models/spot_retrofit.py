@@ -143,7 +143,8 @@ def retrofit_in_place(vit: VisionTransformer, fold: bool, **placement: Any) -> S
         patches = table[0, prefix:].reshape(*source.grid_size, -1)
         extent = [n * embed.window / size for n, size in zip(source.grid_size, source.img_size)]
         fold_table(state_dict, table[:, :prefix], patches, nodes, (extent[0], extent[1]))
-        own = {name: value for name, value in vit.state_dict().items() if name.startswith('placer.')}
+        fresh = ('placer.', 'patch_embed.size_proj.')
+        own = {name: value for name, value in vit.state_dict().items() if name.startswith(fresh)}
         vit.load_state_dict({**state_dict, **own})
     for module in (embed, vit.placer):
         module.train(vit.training)

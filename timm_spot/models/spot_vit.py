@@ -17,11 +17,12 @@ from timm.models import VisionTransformer, checkpoint, checkpoint_seq
 
 from ..ops.normalization import Normalization
 from ..ops.samplers import lattice_shape
-from ..ops.windows import check_images
 from ._features import Intermediates, format_intermediates, tokens_to_map
 from ._timm import feature_take_indices, update_model_args
-from .placement import SAMPLED, Placer, Prior, get_placer
-from .spot_config import PLACEMENT_FIELDS, make_priors, merge_settings
+from .placement import SAMPLED, Placer, get_placer
+from .placing import place_drawn, place_images
+from .prior import Prior
+from .spot_config import BOTH_MODES, PLACEMENT_FIELDS, make_priors, merge_settings
 from .subpixel_embed import SubpixelEmbed
 
 __all__ = ['SubpixelVisionTransformer']
@@ -49,9 +50,15 @@ class SubpixelVisionTransformer(VisionTransformer):
                 that need one.
             eval_n_tokens: Budget in eval mode where it differs from training; by default the largest.
             eval_sampler: Prior in eval mode where it differs from training.
+            coverage: How much of its cell a window covers, from 0 (the default: one pixel a sample) to 1 (windows tile
+                the picture), see `timm_spot.ops.sizes`; (low, high) draws one for each training batch.
+            eval_coverage: Coverage in eval mode where it differs from training; by default the largest.
+            n_coarse: Coarse tokens of sampler 'coarse+NAME'.
+            size_embed: Whether tokens are told their size, by columns that start at 0; by default where a `coverage`
+                is given.
 
-    `timm.create_model` also takes `train_only`: 'position' freezes all but the position weights, 'head' all but the
-    classifier, 'placer' all but the network that places the tokens.
+    `timm.create_model` also takes `train_only`: 'position' freezes all but the weights of position and size, 'head' all
+    but the classifier, 'placer' all but the network that places the tokens.
 
     Attributes:
         placer: The `Placer`.
@@ -87,7 +94,10 @@ class SubpixelVisionTransformer(VisionTransformer):
 
     def init_placer(self, placer: str | None, settings: dict[str, Any], device: Any = None) -> None:
         """What the constructor adds to a ViT over windows; on its own, on one that is built already."""
-        self._settings = {name: value for name, value in settings.items() if value is not None}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        if settings.pop('size_embed', 'coverage' in settings):
+            self.patch_embed.add_size_embed()
+        self._settings = settings
         with torch.device(device) if device is not None else nullcontext():
             self.placer: Placer = get_placer(SAMPLED if placer is None else placer)(*self._priors(self._settings))
         self._state_reductions()
@@ -106,7 +116,9 @@ class SubpixelVisionTransformer(VisionTransformer):
         return self.patch_embed.normalization
 
     def place(self, images: torch.Tensor) -> torch.Tensor:
-        """Placement (B, N, 2) of (y, x) that the model's own placer gives images (B, C, H, W).
+        """Placement that the model's own placer gives images (B, C, H, W).
+
+        (B, N, 2) of positions (y, x); with sizes (B, N, 4), the spacings (y, x) of windows in pixels behind them.
 
         In train mode stochastic samplers draw anew for each image and call, and random budgets for each call.
         """
@@ -118,8 +130,8 @@ class SubpixelVisionTransformer(VisionTransformer):
         A saved model keeps the change.
 
         Args:
-            **changes: Any of `n_tokens` and `sampler`, which set both modes; `eval_n_tokens` and `eval_sampler`, for
-                eval mode alone; `seed`, `saliency`.
+            **changes: Any of `n_tokens`, `sampler` and `coverage`, which set both modes; the same with `eval_` in
+                front, for eval mode alone; `seed`, `saliency`, `n_coarse`.
 
         Raises:
             TypeError, ValueError: Another keyword, or as the constructor; the model is then as it was.
@@ -138,7 +150,7 @@ class SubpixelVisionTransformer(VisionTransformer):
         self.placer.set_priors(*self._priors(settings))
         self._settings = {name: value for name, value in settings.items() if value is not None}
         record = dict(changes)
-        for name in ('n_tokens', 'sampler'):
+        for name in BOTH_MODES:
             if name in changes:
                 record[f'eval_{name}'] = changes.get(f'eval_{name}')  # what was set before no longer holds
         update_model_args(self, **record)
@@ -170,9 +182,9 @@ class SubpixelVisionTransformer(VisionTransformer):
             return given_or(positions, self.placer(images))
         if positions is not None:
             return positions
-        if self.training and self.placer.train_prior.draws_budget:
-            return _place_at_drawn_budget(self, images)
-        return _place_images(self, images)
+        prior = self.placer.train_prior
+        place = place_drawn if self.training and (prior.draws_budget or prior.draws_coverage) else place_images
+        return place(self.placer, self.patch_embed, images)
 
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
         prefix = []
@@ -199,7 +211,8 @@ class SubpixelVisionTransformer(VisionTransformer):
 
         Args:
             x: Images, normalised, or uint8, which are normalised with the mean and std of the `pretrained_cfg`.
-            positions: Placement (B, N, 2) or (N, 2) instead of the sampler's.
+            positions: Placement instead of the placer's: (B, N, 2) of (y, x); (B, N, 3) or (B, N, 4) with the spacing
+                of windows in pixels, one or along (y, x); or the same without B.
             attn_mask, is_causal: As in timm.
         """
         x = self._embed(x, positions)
@@ -255,7 +268,7 @@ class SubpixelVisionTransformer(VisionTransformer):
             intermediates_only: Only return intermediate features.
             output_dict: Return a dictionary with 'image_features' and 'image_intermediates'.
             attn_mask, is_causal: As in timm.
-            positions: Placement (B, N, 2) or (N, 2) instead of the sampler's.
+            positions: Placement instead of the placer's, see `forward_features`.
 
         Raises:
             ValueError: Maps are asked for and the placement is no lattice.
@@ -302,45 +315,12 @@ class SubpixelVisionTransformer(VisionTransformer):
         """Rows and columns of the feature map that the placement forms."""
         if positions is None:
             return self.lattice((images.shape[-2], images.shape[-1]))
-        shape = lattice_shape(positions if positions.ndim == 3 else positions[None])
+        shape = lattice_shape((positions if positions.ndim == 3 else positions[None])[..., :2])
         if shape is None:
             raise ValueError(
                 f"positions of shape {tuple(positions.shape)} form no lattice, so their tokens form no feature map: "
                 "use output_fmt='NLC'.")
         return shape
-
-
-def _place_images(model: SubpixelVisionTransformer, images: torch.Tensor) -> torch.Tensor:
-    """Placement (B, N, 2) that a model's placer gives images, in float32 whatever the autocast."""
-    placer, embed = model.placer, model.patch_embed
-    check_images(images, embed.window)
-    if not placer.reads_images:
-        return placer(images)
-    images = embed.normalize(images)
-    images = images.to(torch.promote_types(images.dtype, torch.float32))
-    # The meta device knows no autocast.
-    with nullcontext() if images.is_meta else torch.autocast(images.device.type, enabled=False):
-        positions = placer(images)
-    if not torch.compiler.is_compiling():
-        _check_count(placer, positions, (images.shape[-2], images.shape[-1]))
-    return positions.to(torch.promote_types(positions.dtype, torch.float32)).expand(images.shape[0], -1, -1)
-
-
-def _check_count(placer: Placer, positions: torch.Tensor, image_size: tuple[int, int]) -> None:
-    n_tokens = placer.budget(image_size)
-    if positions.ndim not in (2, 3) or tuple(positions.shape[-2:]) != (n_tokens, 2):
-        raise ValueError(
-            f'{placer.source} gave positions of shape {tuple(positions.shape)}, its budget asks for '
-            f'(B, {n_tokens}, 2).')
-
-
-# Compiled code then sees positions of a dynamic length, instead of one program for each budget.
-@torch.compiler.disable
-def _place_at_drawn_budget(model: SubpixelVisionTransformer, images: torch.Tensor) -> torch.Tensor:
-    """Placement at the budget of this training batch; the next batch has the next of the sequence."""
-    positions = _place_images(model, images)
-    model.placer.batches += 1
-    return positions
 
 
 def given_or(positions: torch.Tensor | None, placed: torch.Tensor) -> torch.Tensor:

@@ -122,7 +122,7 @@ def find_weights(variant: str, cfg: SpotPretrainedCfg) -> SpotPretrainedCfg:
         f'{name} has no pretrained weights: use pretrained=False, or pretrained_cfg_overlay=dict(file=PATH).')
 
 
-_TRAIN_ONLY = {'position': 'patch_embed.pos_proj.', 'head': 'head.', 'placer': 'placer.'}
+_TRAIN_ONLY = {'position': ('patch_embed.pos_proj.', 'patch_embed.size_proj.'), 'head': 'head.', 'placer': 'placer.'}
 
 
 def freeze_all_but(model: nn.Module, train_only: str) -> None:

@@ -2,7 +2,9 @@
 
 Paper: `SPoT: Subpixel Placement of Tokens in Vision Transformers` - https://arxiv.org/abs/2507.01654
 
-    token = W_rgb . window + W_pos . phi(position) + b
+    token = W_rgb . window + W_pos . phi(position) + W_size . psi(size) + b
+
+The last columns are there only in models whose tokens have sizes.
 """
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from torch import nn
 
 from ..ops.normalization import Normalization
 from ..ops.position_feature import position_feature
-from ..ops.windows import check_convention, check_images, check_positions, gather_blocks, read_windows
+from ..ops.sizes import SIZE_NODES, size_feature
+from ..ops.windows import check_convention, check_images, check_placement, gather_blocks, read_windows, split_placement
 
 DEFAULT_NODES = 16
 
@@ -34,8 +37,9 @@ class WindowProjection(nn.Conv2d):
 class SubpixelEmbed(nn.Module):
     """Windows around continuous positions to tokens.
 
-    Shapes: images (B, C, H, W) of any size of at least one window, positions (B, N, 2) or (N, 2), tokens
-    (B, N, embed_dim). Images are normalised floats, or uint8, see `set_normalization`.
+    Shapes: images (B, C, H, W) of any size of at least one window, placement (B, N, 2), with spacings (B, N, 3) or
+    (B, N, 4), or the same without B, tokens (B, N, embed_dim). Images are normalised floats, or uint8, see
+    `set_normalization`.
 
     Args:
         img_size: Nominal image size.
@@ -85,6 +89,7 @@ class SubpixelEmbed(nn.Module):
             in_chans, embed_dim, kernel_size=self.window, stride=self.window, bias=bias, **dd)
         self.norm = norm_layer(embed_dim, **dd) if norm_layer else nn.Identity()
         self.pos_proj = nn.Linear(nodes * nodes, embed_dim, bias=False, **dd)
+        self.size_proj: nn.Module | None = None
         self.register_buffer('n_sigma', torch.empty((), **dd))
         self.reset_parameters()
 
@@ -92,6 +97,15 @@ class SubpixelEmbed(nn.Module):
         """Give the position columns the scale of a ViT's position table."""
         nn.init.trunc_normal_(self.pos_proj.weight, std=.02)
         nn.init.ones_(self.n_sigma)
+        if self.size_proj is not None:
+            nn.init.zeros_(self.size_proj.weight)
+
+    def add_size_embed(self) -> None:
+        """Let tokens be told their size, by weights that are 0 at first."""
+        weight = self.pos_proj.weight
+        self.size_proj = nn.Linear(
+            2 * len(SIZE_NODES), weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
+        nn.init.zeros_(self.size_proj.weight)
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -157,21 +171,31 @@ class SubpixelEmbed(nn.Module):
                 'call patch_embed.set_normalization(mean, std), or give normalised float32 images.')
         return self.normalization(images)
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, placement: torch.Tensor) -> torch.Tensor:
         check_images(x, self.window)
-        check_positions(positions, x)
-        positions = positions.expand(x.shape[0], -1, -1)
+        check_placement(placement, x)
+        positions, spacing = split_placement(placement.expand(x.shape[0], -1, -1))
+        if spacing is not None and self.convention == 'spot':
+            raise ValueError(
+                f"positions of shape {tuple(placement.shape)} hold spacings, under convention='spot' windows have one "
+                'size: give (y, x) alone, and no coverage.')
         dtype = self.n_sigma.dtype  # that of the weights, which may be wrapped, quantised or elsewhere
-        windows = self._read(x, positions).to(dtype)
+        windows = self._read(x, positions, spacing).to(dtype)
         tokens = self.norm(self.proj(windows.flatten(0, 1)).view(*windows.shape[:2], -1))
         if positions.stride(0) == 0 and not positions.requires_grad:
-            positions = positions[:1]  # all images share it: one position feature
-        return tokens + self.pos_proj(self.position_feature(positions, x.shape[-2], x.shape[-1]).to(dtype))
+            # All images share it: one feature.
+            positions, spacing = positions[:1], None if spacing is None else spacing[:1]
+        tokens = tokens + self.pos_proj(self.position_feature(positions, x.shape[-2], x.shape[-1]).to(dtype))
+        if self.size_proj is not None:
+            # Windows of single pixels have no size, but the weights are in every graph (DDP asks for that).
+            spacing = torch.ones_like(positions[:1]) if spacing is None else spacing
+            tokens = tokens + self.size_proj(size_feature(spacing).to(dtype))
+        return tokens
 
-    def _read(self, images: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _read(self, images: torch.Tensor, positions: torch.Tensor, spacing: torch.Tensor | None) -> torch.Tensor:
         """Windows (B, N, C, k, k); those of uint8 images are normalised before they are interpolated."""
-        if images.dtype != torch.uint8:
-            return read_windows(images, positions, self.window, self.convention)
+        if images.dtype != torch.uint8 or spacing is not None:
+            return read_windows(self.normalize(images), positions, self.window, self.convention, spacing)
         B, C, H, W = images.shape
         N, side = positions.shape[1], self.window + 2
         # Gathering a pixel costs about six times as much as converting it.

@@ -23,10 +23,10 @@ def read_lattice(images: torch.Tensor, y: torch.Tensor, x: torch.Tensor, **optio
 
     y and x count the image from -1 to 1, as `grid_sample` does, which takes the other options.
     """
-    return F.grid_sample(images, _meet(y, x), **options).view(images.shape[0], images.shape[1], *x.shape[1:], -1)
+    return F.grid_sample(images, meet(y, x), **options).view(images.shape[0], images.shape[1], *x.shape[1:], -1)
 
 
-def _meet(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def meet(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Points (x, y) where rows y (B, N, k) meet columns x (B, N, k), in `grid_sample`'s shape (B, N * k, k, 2)."""
     k = x.shape[2]
     grid = torch.stack([x[:, :, None, :].expand(-1, -1, k, -1), y[:, :, :, None].expand(-1, -1, -1, k)], dim=-1)
@@ -98,7 +98,7 @@ class _SymmetricWindows(torch.autograd.Function):
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if again:
             corner, offset = _locate(positions, ctx.window, ctx.size)
-            offset = _NotAgain.apply(offset)
+            offset = NotAgain.apply(offset)
             index, inside = _pixel_index(corner, ctx.window + 2, ctx.size)
             pixels = _gather_pixels(images, index, inside)
         grad_images = grad_positions = None
@@ -106,7 +106,7 @@ class _SymmetricWindows(torch.autograd.Function):
             grad_images = _scatter_pixels(
                 _spread(grad, *_value_weights(offset).unbind(dim=2)), index, inside, ctx.size)
         elif follow_images:
-            grid = _meet(*_patch_rows_and_columns(positions, ctx.window, ctx.size))
+            grid = meet(*_patch_rows_and_columns(positions, ctx.window, ctx.size))
             grad_images, _ = torch.ops.aten.grid_sampler_2d_backward(
                 grad.flatten(2, 3), images, grid, 0, 0, False, (True, False))
         if follow_positions:
@@ -115,8 +115,8 @@ class _SymmetricWindows(torch.autograd.Function):
         return grad_images, grad_positions, None, None
 
 
-class _NotAgain(torch.autograd.Function):
-    """The same tensor, of which no derivative is taken."""
+class NotAgain(torch.autograd.Function):
+    """The same tensor, of which no derivative is taken: it would be a second one to positions or sizes."""
 
     generate_vmap_rule = True
 
@@ -131,9 +131,9 @@ class _NotAgain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> NoReturn:
         raise RuntimeError(
-            "second derivatives to positions do not exist under convention='patch', whose first one is the symmetric "
-            'difference over a pixel: take finite differences of the gradient, or name the other inputs to derive by '
-            '(torch.autograd.grad(..., inputs=)).')
+            "second derivatives to positions do not exist under convention='patch', nor any of windows with a spacing: the "
+            'first one is the symmetric difference over a pixel. Take finite differences of the gradient, or name the '
+            'other inputs to derive by (torch.autograd.grad(..., inputs=).')
 
 
 def symmetric_windows(images: torch.Tensor, positions: torch.Tensor, window: int, follow: bool) -> torch.Tensor:

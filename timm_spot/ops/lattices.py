@@ -1,4 +1,4 @@
-"""Lattices: placements that follow from the budget and the size of the image alone.
+"""Lattices: placements that follow from the budget and the size of the image alone, with the cells of their tokens.
 
 Paper: `SPoT: Subpixel Placement of Tokens in Vision Transformers` - https://arxiv.org/abs/2507.01654
 """
@@ -11,7 +11,7 @@ import torch
 
 
 def isotropic(n_tokens: int, image_size: tuple[int, int]) -> torch.Tensor:
-    """Centres of equal cells: a square lattice, or rows of nearly equal length.
+    """Centres of equal cells, and these: a square lattice, or rows of nearly equal length.
 
     The number of rows makes the tightest cell as wide, in pixels, as the budget allows.
     """
@@ -23,8 +23,12 @@ def isotropic(n_tokens: int, image_size: tuple[int, int]) -> torch.Tensor:
 
 
 def center(n_tokens: int, image_size: tuple[int, int]) -> torch.Tensor:
-    """The isotropic lattice pulled to the middle of the image."""
-    return _pull_to_center(isotropic(n_tokens, image_size))
+    """The isotropic lattice pulled to the middle of the image; cells reach to where the pull carries their edges."""
+    lattice = isotropic(n_tokens, image_size)
+    centres, half = lattice[:, :2], lattice[:, 2:] / 2
+    positions = _pull_to_center(centres)
+    edges = torch.stack([positions - _pull_to_center(centres - half), _pull_to_center(centres + half) - positions])
+    return torch.cat([positions, 2 * edges.amax(dim=0)], dim=-1)
 
 
 def grid(n_tokens: int, image_size: tuple[int, int], window: int) -> torch.Tensor:
@@ -39,8 +43,10 @@ def grid(n_tokens: int, image_size: tuple[int, int], window: int) -> torch.Tenso
     lattice_rows = round(math.sqrt(n_tokens * rows / columns))
     lattice_rows = min(rows, n_tokens, max(lattice_rows, math.ceil(n_tokens / columns)))
     patches = torch.tensor([rows, columns], dtype=torch.float64, device='cpu')
-    patch = torch.floor(_lattice(n_tokens, lattice_rows) * patches + 1e-9)
-    return (patch + 0.5) * window / torch.tensor([H, W], dtype=torch.float64, device='cpu')
+    lattice = _lattice(n_tokens, lattice_rows)
+    patch = torch.floor(lattice[:, :2] * patches + 1e-9)
+    scale = window / torch.tensor([H, W], dtype=torch.float64, device='cpu')
+    return torch.cat([(patch + 0.5) * scale, lattice[:, 2:] * patches * scale], dim=-1)
 
 
 def grid_uniform(n_tokens: int, image_size: tuple[int, int]) -> torch.Tensor:
@@ -63,9 +69,9 @@ def lattice_shape(positions: torch.Tensor) -> tuple[int, int] | None:
         positions: (B, N, 2).
 
     Example:
-        >>> lattice_shape(isotropic(12, (96, 128))[None])
+        >>> lattice_shape(isotropic(12, (96, 128))[None, :, :2])
         (3, 4)
-        >>> lattice_shape(isotropic(11, (96, 128))[None]) is None
+        >>> lattice_shape(isotropic(11, (96, 128))[None, :, :2]) is None
         True
     """
     if not (positions == positions[:1]).all():
@@ -82,11 +88,13 @@ def lattice_shape(positions: torch.Tensor) -> tuple[int, int] | None:
 
 
 def _lattice(n_tokens: int, rows: int) -> torch.Tensor:
-    """Cell centres of `rows` rows of nearly equal length, (n_tokens, 2) in float64."""
+    """Cells in `rows` rows of nearly equal length: centre, height and width, (n_tokens, 4) in float64."""
     # Rounding the running total spreads the longer rows evenly.
     ends = [math.floor(i * n_tokens / rows + 0.5) for i in range(rows + 1)]
     lengths = [b - a for a, b in itertools.pairwise(ends)]
-    points = [((i + 0.5) / rows, (j + 0.5) / length) for i, length in enumerate(lengths) for j in range(length)]
+    points = [
+        ((i + 0.5) / rows, (j + 0.5) / length, 1 / rows, 1 / length)
+        for i, length in enumerate(lengths) for j in range(length)]
     return torch.tensor(points, dtype=torch.float64, device='cpu')
 
 

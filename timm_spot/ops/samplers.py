@@ -6,6 +6,9 @@ A sampler is a function that takes any of the keywords below and returns positio
 (batch_size, n_tokens, 2), or (n_tokens, 2) when all images share them:
 
     n_tokens, image_size, batch_size, saliency, generator, window
+
+It may return four columns instead of two: y, x, and the height and width of the token's cell in fractions of the image,
+see `sizes.py`. `placements.py` draws by name.
 """
 from __future__ import annotations
 
@@ -36,8 +39,7 @@ class _Sampler(NamedTuple):
 
 _SAMPLERS: dict[str, _Sampler] = {}
 _ALIASES = {'gauss': 'gaussian'}
-_STATISTICS = 2 ** 16  # draws to be counted, on images of fewer pixels too
-_MOST_POSITIONS = 2 ** 28  # in one call: 2 GB
+_COARSE = 'coarse+'  # in front of a name: some coarse tokens, the others by that sampler
 
 
 def register_sampler(name: str, deterministic: bool = False) -> Callable[[Draw], Draw]:
@@ -45,7 +47,7 @@ def register_sampler(name: str, deterministic: bool = False) -> Callable[[Draw],
 
     The function takes, by name, whichever it needs of `n_tokens`, `image_size` (H, W), `batch_size`, `saliency`
     (B, H, W), `generator` (torch.Generator or None) and `window` (pixels), and returns positions of shape
-    (batch_size, n_tokens, 2) or (n_tokens, 2).
+    (batch_size, n_tokens, 2) or (n_tokens, 2), or 4 columns with the height and width of each token's cell.
 
     Args:
         name: A name not yet taken.
@@ -64,6 +66,8 @@ def register_sampler(name: str, deterministic: bool = False) -> Callable[[Draw],
         tensor([[[0.5000, 0.2500],
                  [0.5000, 0.7500]]])
     """
+    if name.startswith(_COARSE):
+        raise ValueError(f'name={name!r}: {_COARSE!r} in front of a name stands for coarse tokens beside it.')
     if name in _SAMPLERS or name in _ALIASES:
         raise ValueError(f'name={name!r} is already a sampler, choose another name.')
 
@@ -89,12 +93,24 @@ def list_samplers() -> list[str]:
     return sorted(_SAMPLERS)
 
 
+def split_sampler(name: str) -> tuple[bool, str]:
+    """Whether a placement is mixed with coarse tokens, and the name of the sampler.
+
+    Example:
+        >>> split_sampler('coarse+center'), split_sampler('center')
+        ((True, 'center'), (False, 'center'))
+    """
+    coarse = isinstance(name, str) and name.startswith(_COARSE)
+    return coarse, name[len(_COARSE):] if coarse else name
+
+
 def get_sampler(name: str) -> _Sampler:
-    """Look up a sampler.
+    """Look up a sampler, of 'coarse+NAME' that of NAME.
 
     Raises:
         ValueError: Unknown name; the message lists the known ones.
     """
+    _, name = split_sampler(name)
     sampler = _SAMPLERS.get(_ALIASES.get(name, name)) if isinstance(name, str) else None
     if sampler is None:
         close = difflib.get_close_matches(str(name), _SAMPLERS, n=1)
@@ -129,111 +145,6 @@ def check_budgets(n_tokens: int | Sequence[int]) -> tuple[int, int]:
     if low > high:
         raise ValueError(f'n_tokens={n_tokens!r} is out of order: give the smaller budget first, ({high}, {low}).')
     return low, high
-
-
-def sample_positions(
-        sampler: str,
-        n_tokens: int,
-        image_size: tuple[int, int],
-        batch_size: int = 1,
-        saliency: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
-        window: int = 16,
-        **options: Any,
-) -> torch.Tensor:
-    """Draw placements from a spatial prior.
-
-    Args:
-        sampler: Name of the prior, see `list_samplers`.
-        n_tokens: Tokens of each image, at least 1 and at most H * W (or 65,536, for statistics on small images).
-        image_size: (H, W) in pixels.
-        batch_size: Number of placements; stochastic samplers draw each anew.
-        saliency: (batch_size, H, W) or (H, W), non-negative; for the `salient` samplers and any that ask for it. Under
-            `batch_size=1` it may hold B maps: they share one set of random numbers, and B placements come back.
-        generator: Source of randomness, torch's global generator by default.
-        window: Side of a window in pixels; only `grid` looks at it.
-        **options: Keywords of the sampler's own: `spread=True` and `inverse=True` for `salient`, which `salient_sobol`
-            and `salient_inverse` set by name.
-
-    Returns:
-        Positions (y, x) in [0, 1], float32, of shape (batch_size, n_tokens, 2), on the CPU
-        (for samplers that use `saliency`: on its device).
-
-    Raises:
-        TypeError: `n_tokens`, `batch_size` or `window` is no int, `saliency` no tensor, the sampler knows no such
-            option, or its positions are no float32 or float64.
-        ValueError: An unknown sampler, a budget it cannot serve, an impossible size, a missing or wrong map.
-
-    Example:
-        >>> sample_positions('isotropic', 4, (224, 224))[0].tolist()
-        [[0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]]
-    """
-    draw, _, keywords = get_sampler(sampler)
-    image_size = _check_sizes(n_tokens, image_size, batch_size, window)
-    rows = batch_size
-    if 'saliency' in keywords:
-        saliency = _check_saliency(sampler, saliency, image_size, batch_size)
-        rows = max(batch_size, saliency.shape[0])
-    available = dict(
-        n_tokens=n_tokens, image_size=image_size, batch_size=batch_size, saliency=saliency, generator=generator,
-        window=window)
-    positions = draw(**{k: available[k] for k in keywords}, **options)
-    if tuple(positions.shape) not in ((n_tokens, 2), (rows, n_tokens, 2)):
-        raise ValueError(
-            f'sampler {sampler!r} returned shape {tuple(positions.shape)}, expected ({rows}, {n_tokens}, 2).')
-    if positions.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f'sampler {sampler!r} returned {positions.dtype}, too coarse for positions: name dtype=torch.float32 where '
-            'it makes tensors.')
-    # Float32 rounding may carry a draw just below 1 up to 1, never beyond.
-    return positions.to(torch.float32).clamp(0., 1.).expand(rows, -1, -1)
-
-
-def _check_sizes(n_tokens: int, image_size: Sequence[int], batch_size: int, window: int) -> tuple[int, int]:
-    """Raise TypeError or ValueError for what no placement can have, before anything is drawn; the size in integers."""
-    check_n_tokens(n_tokens)
-    for name, value in (('batch_size', batch_size), ('window', window)):
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f'{name} must be an int, got {value!r} ({type(value).__name__}).')
-        if value < 1:
-            raise ValueError(f'{name}={value} must be at least 1.')
-    if len(image_size) != 2 or not all(side >= 1 for side in image_size):
-        raise ValueError(f'image_size={tuple(image_size)} must be (height, width) in pixels, each at least 1.')
-    H, W = int(image_size[0]), int(image_size[1])
-    if n_tokens > max(H * W, _STATISTICS):
-        raise ValueError(
-            f'n_tokens={n_tokens} exceeds the {H * W} pixels of an image of {H} x {W} px: more tokens than pixels see '
-            'nothing new.')
-    if batch_size * n_tokens > _MOST_POSITIONS:
-        raise ValueError(
-            f'batch_size={batch_size} placements of n_tokens={n_tokens} are more than {_MOST_POSITIONS} positions: '
-            'draw fewer at a time.')
-    return H, W
-
-
-def _check_saliency(
-        sampler: str,
-        saliency: torch.Tensor | None,
-        image_size: tuple[int, int],
-        batch_size: int,
-) -> torch.Tensor:
-    if saliency is None:
-        raise ValueError(f'sampler={sampler!r} needs a saliency map: pass saliency=, a tensor of shape (B, H, W).')
-    if not isinstance(saliency, torch.Tensor):
-        raise TypeError(f'saliency must be a tensor of shape (B, H, W), got {type(saliency).__name__}.')
-    saliency = saliency[None] if saliency.ndim == 2 else saliency
-    if saliency.ndim != 3 or tuple(saliency.shape[-2:]) != image_size:
-        raise ValueError(f'saliency of shape {tuple(saliency.shape)} does not cover images of {image_size}.')
-    if batch_size != 1 and saliency.shape[0] not in (1, batch_size):
-        raise ValueError(f'saliency of shape {tuple(saliency.shape)} does not match batch_size={batch_size}.')
-    if not saliency.isfinite().all():
-        raise ValueError(f'saliency of shape {tuple(saliency.shape)} holds NaN or infinity.')
-    if (saliency < 0).any():
-        raise ValueError(f'saliency must not be negative, its smallest value is {saliency.min().item():.3g}.')
-    empty = (saliency.flatten(1).sum(dim=1) <= 0).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f'saliency is zero everywhere in map {empty[0]}: nowhere to place a token.')
-    return saliency
 
 
 @register_sampler('uniform')

@@ -6,13 +6,16 @@ Pixel i of an axis with L pixels has its centre at index i. Sample j of a window
 
     p * L + origin + spacing * (j - (k - 1) / 2)
 
-with origin and spacing set by the convention, see `sample_windows`.
+with origin set by the convention, and spacing by it or, under `patch`, by the caller: see `sample_windows`.
 """
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from .bilinear import patch_windows, read_lattice, symmetric_windows, transformed
+from .pyramid import level_count, levels_between, sized_windows
 
 CONVENTIONS = ('patch', 'spot')
 _FARTHEST = 5  # image sides that a position may lie outside the image: no search gets there, pixels do
@@ -39,29 +42,39 @@ def check_images(images: torch.Tensor, window: int) -> None:
         )
 
 
-def check_positions(positions: torch.Tensor, images: torch.Tensor) -> None:
-    """Raise TypeError or ValueError unless `positions` is a placement for `images`.
+def _values_hidden(t: torch.Tensor) -> bool:
+    """Whether values cannot be looked at: on the meta device, in a graph that is captured, under torch.func."""
+    return t.is_meta or torch.compiler.is_compiling() or torch._C._is_tracing() or transformed()
+
+
+def check_placement(placement: torch.Tensor, images: torch.Tensor) -> None:
+    """Raise TypeError or ValueError unless `placement` is one for `images`.
 
     Positions may lie outside [0, 1] (the oracle moves them freely), but no more than five image sides, where no window
     sees anything: such values are pixels taken for fractions.
 
     Args:
-        positions: (B, N, 2) or (N, 2), float32 or float64, on the device of `images`.
+        placement: (B, N, 2), (B, N, 3), (B, N, 4), or the same without B: positions and, from the third column on,
+            spacings; float32 or float64, on the device of `images`.
         images: (B, C, H, W).
     """
-    if not isinstance(positions, torch.Tensor):
-        raise TypeError(f'positions must be a tensor of shape (B, N, 2) or (N, 2), got {type(positions).__name__}.')
-    if positions.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f'positions must be float32 (lower precision misplaces windows), got {positions.dtype}.')
+    if not isinstance(placement, torch.Tensor):
+        raise TypeError(f'positions must be a tensor of shape (B, N, 2) or (N, 2), got {type(placement).__name__}.')
+    if placement.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f'positions must be float32 (lower precision misplaces windows), got {placement.dtype}.')
     batch = images.shape[0]
-    shape = tuple(positions.shape)
-    if len(shape) not in (2, 3) or shape[-1] != 2 or shape[-2] < 1 or (len(shape) == 3 and shape[0] != batch):
-        raise ValueError(f'positions must have shape ({batch}, N, 2) or (N, 2) with N >= 1, got {shape}.')
-    if positions.device != images.device:
-        raise ValueError(f'positions are on {positions.device}, images on {images.device}: move one to the other.')
-    # Values cannot be looked at on the meta device, in a graph that is captured, or under torch.func.
-    if positions.is_meta or torch.compiler.is_compiling() or torch._C._is_tracing() or transformed():
+    shape = tuple(placement.shape)
+    if len(shape) not in (2, 3) or shape[-1] not in (2, 3, 4) or shape[-2] < 1 or shape[:-2] not in ((), (batch,)):
+        raise ValueError(
+            f'positions must have shape ({batch}, N, 2) or (N, 2) with N >= 1 (3 or 4 columns with one spacing or '
+            f'two), got {shape}.')
+    if placement.device != images.device:
+        raise ValueError(f'positions are on {placement.device}, images on {images.device}: move one to the other.')
+    if _values_hidden(placement):
         return
+    positions = placement[..., :2]
+    if shape[-1] > 2:
+        _check_spacing(placement[..., 2:], images)
     near = (positions.detach() - 0.5).abs() <= 0.5 + _FARTHEST  # NaN is not
     if not near.all():
         finite = positions.detach().isfinite()
@@ -73,6 +86,29 @@ def check_positions(positions: torch.Tensor, images: torch.Tensor) -> None:
             f'positions of shape {shape} hold {positions[index].item():.5g} at index {index}: (y, x) are fractions of '
             f'the image, 0 to 1 from edge to edge and never beyond {-_FARTHEST} to {1 + _FARTHEST}; divide pixels by '
             f'({H}, {W}).')
+
+
+def _check_spacing(spacing: torch.Tensor, images: torch.Tensor) -> None:
+    """Raise ValueError for spacings that are no distance, or larger than the image."""
+    largest = max(images.shape[-2:])
+    good = (spacing.detach() > 0.) & (spacing.detach() <= largest)  # NaN is neither
+    if not good.all():
+        index = tuple((~good).nonzero()[0].tolist())
+        raise ValueError(
+            f'spacing of shape {tuple(spacing.shape)} is {spacing[index].item():.5g} at index {index}: the distance of '
+            f"a window's samples in pixels lies above 0 and is at most the longer side of the image, {largest}.")
+
+
+def split_placement(placement: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Positions (..., N, 2), and spacings (..., N, 2) along y and x where the placement holds any, else None.
+
+    Example:
+        >>> split_placement(torch.tensor([[0.25, 0.75, 3.]]))
+        (tensor([[0.2500, 0.7500]]), tensor([[3., 3.]]))
+    """
+    if placement.shape[-1] == 2:
+        return placement, None
+    return placement[..., :2], placement[..., 2:].expand(*placement.shape[:-1], 2)
 
 
 def _spot_windows(images: torch.Tensor, positions: torch.Tensor, window: int) -> torch.Tensor:
@@ -87,8 +123,16 @@ def _spot_windows(images: torch.Tensor, positions: torch.Tensor, window: int) ->
     return out * inside[:, None].to(out.dtype)
 
 
-def read_windows(images: torch.Tensor, positions: torch.Tensor, window: int, convention: str) -> torch.Tensor:
-    """`sample_windows` without its checks: positions (B, N, 2), any convention string but 'spot' is 'patch'."""
+def read_windows(
+        images: torch.Tensor,
+        positions: torch.Tensor,
+        window: int,
+        convention: str,
+        spacing: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`sample_windows` without its checks: positions and spacing (B, N, 2), any convention but 'spot' is 'patch'."""
+    if spacing is not None:
+        return _read_sized(images, positions, spacing, window)
     dtype = torch.promote_types(images.dtype, torch.float32)
     images, positions = images.to(dtype), positions.to(dtype)
     follow = positions.requires_grad or transformed()
@@ -99,6 +143,47 @@ def read_windows(images: torch.Tensor, positions: torch.Tensor, window: int, con
     else:
         out = patch_windows(images, positions, window)
     return out.transpose(1, 2)
+
+
+def _read_sized(
+        images: torch.Tensor,
+        positions: torch.Tensor,
+        spacing: torch.Tensor,
+        window: int,
+) -> torch.Tensor:
+    """Windows (B, N, C, k, k) with spacings; those of spacing 1 are what they are without one, to the last bit."""
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    images, positions, spacing = images.to(dtype), positions.to(dtype), spacing.to(dtype)
+    size = (images.shape[-2], images.shape[-1])
+    if _values_hidden(spacing):  # which have spacing 1 cannot be seen: they are so up to rounding
+        return sized_windows(images, positions, spacing, window, range(level_count(size, window))).transpose(1, 2)
+    plain = (spacing.detach() == 1.).all(dim=-1)
+    today = read_windows(images, positions, window, 'patch') if plain.any() else None
+    if today is not None and plain.all() and not spacing.requires_grad:
+        return today
+    levels = levels_between(spacing, size, window)
+    sized = sized_windows(images, positions, spacing, window, levels).transpose(1, 2)
+    if today is None:
+        return sized
+    return _WithValue.apply(sized, torch.where(plain[..., None, None, None], today.detach(), sized.detach()))
+
+
+class _WithValue(torch.autograd.Function):
+    """Another value for a tensor, with the tensor's derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
 
 
 def gather_blocks(
@@ -135,6 +220,7 @@ def sample_windows(
         positions: torch.Tensor,
         window: int,
         convention: str = 'patch',
+        spacing: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Read a k x k window around every position by bilinear interpolation.
 
@@ -146,11 +232,17 @@ def sample_windows(
     * `spot`: that of the released SPoT checkpoints. p = 0 is the first pixel's centre, samples lie
       (2 L / (H + W)) * k / (k - 1) apart, a sample is 0 unless 0 <= index < L - 1. Plain gradient.
 
+    Under `patch` a window may have a size: samples `spacing` pixels apart, of the picture blurred to that scale (see
+    `timm_spot.ops.pyramid`). Spacing 1 is the window above, to the last bit; one of a whole patch lattice's cell / k
+    gives the patches of the picture at k pixels a cell. There is a derivative to the spacing.
+
     Args:
         images: (B, C, H, W). Sampling happens in float32 (float64 for float64 images).
         positions: (B, N, 2) or (N, 2) of (y, x), fractions of the image; may lie outside [0, 1].
         window: Side k of the window in pixels.
         convention: 'patch' or 'spot'.
+        spacing: Distance of a window's samples in pixels of the image, above 0: one number for all, (B, N) for each
+            window, or (B, N, 2) along y and x; without B where all images share it. `patch` only.
 
     Returns:
         Windows of shape (B, N, C, k, k), in the dtype of `images` (float32 for integer images).
@@ -168,11 +260,46 @@ def sample_windows(
         >>> sample_windows(image, torch.tensor([[0.25, 0.625]]), window=2)[0, 0, 0]  # half a pixel to the left
         tensor([[1.5000, 2.5000],
                 [5.5000, 6.5000]])
+        >>> sample_windows(image, torch.tensor([[0.5, 0.5]]), window=2, spacing=2.)[0, 0, 0]  # all, at half the size
+        tensor([[ 2.5000,  4.5000],
+                [10.5000, 12.5000]])
     """
     check_convention(convention, window)
     check_images(images, window)
-    check_positions(positions, images)
-    if positions.ndim == 2:
-        positions = positions.expand(images.shape[0], -1, -1)
-    out = read_windows(images, positions, window, convention)
+    if isinstance(positions, torch.Tensor) and positions.shape[-1:] != (2,):
+        raise ValueError(
+            f'positions must have shape ({images.shape[0]}, N, 2) or (N, 2), got {tuple(positions.shape)}: spacings '
+            'are given by spacing=.')
+    check_placement(positions, images)
+    positions = positions.expand(images.shape[0], -1, -1)
+    if spacing is not None:
+        spacing = _expand_spacing(spacing, positions, convention, images)
+    out = read_windows(images, positions, window, convention, spacing)
     return out.to(images.dtype) if images.is_floating_point() else out
+
+
+def _expand_spacing(
+        spacing: float | torch.Tensor,
+        positions: torch.Tensor,
+        convention: str,
+        images: torch.Tensor,
+) -> torch.Tensor:
+    """The argument of `sample_windows` as (B, N, 2)."""
+    if convention != 'patch':
+        raise ValueError(f"spacing={spacing!r} is for convention='patch'; under {convention!r} windows have one size.")
+    if not isinstance(spacing, torch.Tensor):
+        spacing = torch.tensor(spacing, dtype=positions.dtype, device=positions.device)
+    shape, full = tuple(spacing.shape), tuple(positions.shape)
+    if shape in ((), full[1:2], full[:2]):
+        spacing = spacing[..., None]
+    elif shape not in (full[1:], full):
+        raise ValueError(
+            f'spacing must be a number or have shape {full[:2]} or {full}, as positions of shape {full}, got {shape}.')
+    if spacing.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f'spacing must be float32 (lower precision misplaces samples), got {spacing.dtype}.')
+    if spacing.device != positions.device:
+        raise ValueError(f'spacing is on {spacing.device}, positions on {positions.device}: move one to the other.')
+    spacing = spacing.expand(full)
+    if not _values_hidden(spacing):
+        _check_spacing(spacing, images)
+    return spacing

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ...ops.placements import sample_positions
 from ...ops.saliency import spectral_residual
-from ...ops.samplers import sample_positions
 from .figure import (
     BLANK,
     GREY,

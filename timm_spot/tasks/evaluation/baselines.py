@@ -15,7 +15,7 @@ from torch import nn
 from ...models.pruning_passes import drop_tokens, make_plan
 from ...models.subpixel_embed import SubpixelEmbed
 from ...ops.attention import gather_tokens
-from ...ops.samplers import sample_positions
+from ...ops.placements import sample_positions
 
 
 def patch_drop(vit: nn.Module, images: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

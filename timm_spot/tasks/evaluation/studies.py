@@ -24,8 +24,9 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch import nn
 
+from ...ops.placements import sample_positions
 from ...ops.saliency import spectral_residual
-from ...ops.samplers import check_n_tokens, get_sampler, sample_positions
+from ...ops.samplers import check_n_tokens, get_sampler
 from ..kept import weights_digest
 from ..search.draws import draw_placements, image_generator
 from ..search.optimize import optimize_positions

@@ -12,7 +12,8 @@ from torch import nn
 
 from ...models._shallow import shallow_copy
 from ...models.placement import SampledPlacer
-from ...ops.samplers import get_sampler, sample_positions
+from ...ops.placements import sample_positions
+from ...ops.samplers import get_sampler
 from ..pictures.images import model_transform
 from ..pictures.saliency_maps import SaliencySource, saliency_source
 from ..search.draws import draw_placements, image_generator

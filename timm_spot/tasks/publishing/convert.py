@@ -19,7 +19,7 @@ from ...models.checkpoint_file import StateDict, shorten
 from ...models.spot_checkpoint import FOLDED, rename_authors_key
 from ...models.spot_retrofit import retrofit_in_place
 from ...models.spot_vit import SubpixelVisionTransformer
-from ...ops.samplers import sample_positions
+from ...ops.placements import sample_positions
 from ..kept import lock_output
 from .hub import save_folder
 from .sources import Source, load_source

@@ -6,9 +6,10 @@ import copy
 import torch
 from torch import nn
 
-from ...models.placement import Saliency, compute_saliency, list_placers
+from ...models.placement import list_placers
+from ...models.prior import Saliency, compute_saliency
 from ...ops.samplers import check_n_tokens, get_sampler, list_samplers, sample_positions
-from ...ops.windows import check_positions
+from ...ops.windows import check_placement
 
 MAX_SEED = 2 ** 32
 
@@ -114,7 +115,7 @@ def check_start(init: torch.Tensor, images: torch.Tensor) -> None:
     A search may start, and end, somewhat outside of [0, 1]. Where most tokens are more than a side of the image away
     from it, the numbers are something else: pixels, as a rule.
     """
-    check_positions(init, images)
+    check_placement(init, images)
     far = ((init < -1.) | (init > 2.)).any(dim=-1)
     if far.float().mean() > 0.5:
         raise ValueError(

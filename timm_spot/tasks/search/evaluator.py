@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...ops.samplers import sample_positions
+from ...ops.placements import sample_positions
 from .objectives import get_objective
 from .settings import Search
 

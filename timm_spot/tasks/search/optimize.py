@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...models.placement import Saliency
+from ...models.prior import Saliency
 from ...models.subpixel_embed import SubpixelEmbed
 from ...ops.windows import check_images
 from .descent import Callback, descend

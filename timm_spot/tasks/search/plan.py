@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from ...models.placement import Saliency
+from ...models.prior import Saliency
 from ...ops.samplers import get_sampler
 from ..kept import plain_key, settings_digest, weights_digest
 from ..pictures.classes import class_mismatch
