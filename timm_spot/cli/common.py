@@ -116,7 +116,7 @@ def create_placed_model(
         saliency: str | None = None,
         **given: Any,
 ) -> nn.Module:
-    """A model of ours on a device, with the budget, placer and seed of a command line.
+    """A model of ours on a device, with the budget, placer, coverage and seed of a command line.
 
     What does not suit the model's family is refused before any weights are read, sampler and saliency included; these
     two `set_prior` gives to the model.
@@ -128,7 +128,8 @@ def create_placed_model(
 
 def check_placement(family: Family, given: dict[str, Any]) -> None:
     """Raise ValueError for options on where tokens lie, given to a family whose models find that themselves."""
-    useless = [f'--{name}' for name in ('sampler', 'saliency', 'placer', 'seed') if given.get(name) is not None]
+    options = ('sampler', 'saliency', 'placer', 'coverage', 'seed')
+    useless = [f'--{name}' for name in options if given.get(name) is not None]
     if useless and not family.has_samplers:
         raise ValueError(f"a {family.name} model's {family.tokens}: leave out {' and '.join(useless)}.")
 

@@ -17,6 +17,7 @@ from .common import clean_errors, create_model, create_placed_model, kinds_of, m
 from .options import (
     DEFAULT_MODEL,
     amp_option,
+    coverage_option,
     device_option,
     model_option,
     n_tokens_option,
@@ -50,6 +51,7 @@ _HELP = '\n'.join([
 @sampler_option
 @saliency_option
 @placer_option
+@coverage_option
 @seed_option()
 @click.option('--steps', type=STEPS, default=30, show_default=True, help='Steps of the search in a trajectory or film.')
 @click.option('--lr', type=POSITIVE, default=1e-2, show_default=True, help='Its learning rate.')

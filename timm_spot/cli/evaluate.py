@@ -20,6 +20,7 @@ from .options import (
 from .params import (
     BUDGET,
     COUNT,
+    COVERAGE,
     POSITIVE,
     SEED,
     SHARE,
@@ -59,6 +60,8 @@ _DEFAULT_SPARSE_MODEL = f'relevance_{DEFAULT_MODEL}'
               'model with trained predictors), cls-attention, received-attention, norm, random.')
 @click.option('--keep-rates', type=Items(SHARE), default='', show_default='1,0.9,0.7,0.5',
               help='Shares of the tokens that each stage keeps.')
+@click.option('--coverages', type=Items(COVERAGE), default='', show_default='that of each model',
+              help='How much of its cell a window covers, from 0 (a pixel a sample) to 1 (windows tile the picture).')
 @click.option('--seeds', type=Items(SEED), default='0', show_default=True,
               help='For placements and tokens that are drawn.')
 @click.option('--saliency', type=SaliencyName(), metavar='spectral|attention:NAME|FOLDER', default='spectral',

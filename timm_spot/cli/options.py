@@ -8,6 +8,7 @@ import click
 from .params import (
     BUDGET,
     COUNT,
+    COVERAGE,
     SEED,
     DeviceName,
     InputFile,
@@ -52,6 +53,9 @@ saliency_option = click.option(
          'pretrained timm ViT, or a folder with a map for each picture.')
 placer_option = click.option(
     '--placer', type=PlacerName(), help="What places the tokens, by its registered name; by default that of the model.")
+coverage_option = click.option(
+    '--coverage', type=COVERAGE, help='How much of its cell a window covers, from 0 (a pixel a sample) to 1 (windows '
+                                      'tile the picture); by default that of the model.')
 device_option = click.option(
     '--device', type=DeviceName(), default='cpu', show_default=True, help='Where the model runs: cpu, cuda, cuda:1 ...')
 amp_option = click.option(

@@ -20,6 +20,7 @@ from .options import (
     amp_option,
     batch_size_option,
     class_map_option,
+    coverage_option,
     device_option,
     model_option,
     n_tokens_option,
@@ -29,7 +30,7 @@ from .options import (
     weights_option,
     workers_option,
 )
-from .params import StartName
+from .params import Items, StartName
 from .progress import show_progress
 
 
@@ -48,8 +49,11 @@ from .progress import show_progress
               help="Spatial prior of the start, or the model's own placer by its name.")
 @saliency_option
 @placer_option
+@coverage_option
 @seed_option(0)
 @click.option('--objective', type=click.Choice(list(OBJECTIVES)), default='label', show_default=True)
+@click.option('--optimize', type=Items(click.Choice(['position', 'size'])), default='position', show_default=True,
+              help='What moves: position, size, or position,size.')
 @click.option('--steps', type=int, default=5, show_default=True)
 @click.option('--lr', type=float, default=3e-3, show_default=True)
 @click.option('--optimizer', default='adamw', show_default=True, help='Any first-order optimizer of timm.')
@@ -90,7 +94,7 @@ def oracle(
         Search(**search)
         check_output(out)
         pictures = Pictures(kind or data, split, data if kind else data_dir, class_map)
-        model = create_subpixel_model(name, weights, placer=placer).to(device)
+        model = create_subpixel_model(name, weights, placer=placer, coverage=given.pop('coverage')).to(device)
         counts: list[int] = []
         begin = time.monotonic()
         with show_progress(len(pictures), 'oracle') as progress:

@@ -78,6 +78,7 @@ COUNT = Number(int, 1, MAX_BUDGET)
 STEPS = Number(int, 0, MAX_STEPS)
 POSITIVE = Number(float, 0, above=True)
 SHARE = Number(float, 0, 1, above=True)
+COVERAGE = Number(float, 0, 1)
 
 
 class Items(click.ParamType):

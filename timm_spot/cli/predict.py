@@ -30,6 +30,7 @@ from .options import (
     DEFAULT_MODEL,
     amp_option,
     batch_size_option,
+    coverage_option,
     device_option,
     model_option,
     n_tokens_option,
@@ -51,6 +52,7 @@ from .progress import show_progress
 @sampler_option
 @saliency_option
 @placer_option
+@coverage_option
 @seed_option()
 @click.option('--topk', type=COUNT, default=5, show_default=True, help='Classes for each picture.')
 @click.option('--json', 'as_json', is_flag=True, help='Print one JSON list instead of lines.')

@@ -7,7 +7,14 @@ from typing import Any
 import click
 
 from .common import clean_errors, create_subpixel_model, main
-from .options import n_tokens_option, placer_option, sampler_option, seed_option, weights_option
+from .options import (
+    coverage_option,
+    n_tokens_option,
+    placer_option,
+    sampler_option,
+    seed_option,
+    weights_option,
+)
 from .params import ModelName, OutputFile, OutputFolder
 
 
@@ -36,8 +43,10 @@ def convert(source: str, dest: Path, model: str | None) -> None:
 @n_tokens_option
 @sampler_option
 @placer_option
+@coverage_option
 @seed_option()
-@click.option('--positions-as-input', is_flag=True, help='Let the placement (B, N, 2), of any budget, be an input.')
+@click.option('--positions-as-input', is_flag=True,
+              help='Let the placement, of any budget, be an input: (B, N, 2), with a coverage (B, N, 4).')
 def export(name: str, out: Path, positions_as_input: bool, **placement: Any) -> None:
     """Write MODEL as ONNX or as PyTorch's exported program.
 

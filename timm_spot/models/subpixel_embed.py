@@ -89,7 +89,7 @@ class SubpixelEmbed(nn.Module):
             in_chans, embed_dim, kernel_size=self.window, stride=self.window, bias=bias, **dd)
         self.norm = norm_layer(embed_dim, **dd) if norm_layer else nn.Identity()
         self.pos_proj = nn.Linear(nodes * nodes, embed_dim, bias=False, **dd)
-        self.size_proj: nn.Module | None = None
+        self.register_module('size_proj', None)
         self.register_buffer('n_sigma', torch.empty((), **dd))
         self.reset_parameters()
 

@@ -131,9 +131,9 @@ class NotAgain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> NoReturn:
         raise RuntimeError(
-            "second derivatives to positions do not exist under convention='patch', nor any of windows with a spacing: the "
-            'first one is the symmetric difference over a pixel. Take finite differences of the gradient, or name the '
-            'other inputs to derive by (torch.autograd.grad(..., inputs=).')
+            "second derivatives to positions do not exist under convention='patch', nor any of windows with a spacing, "
+            'whose first one is the symmetric difference over a pixel: take finite differences of the gradient, or '
+            'name the other inputs to derive by (torch.autograd.grad(..., inputs=)).')
 
 
 def symmetric_windows(images: torch.Tensor, positions: torch.Tensor, window: int, follow: bool) -> torch.Tensor:

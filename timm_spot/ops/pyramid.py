@@ -64,13 +64,13 @@ def _stack(x: torch.Tensor, dim: int, levels: int) -> torch.Tensor:
 
 def _halve(x: torch.Tensor, dim: int) -> torch.Tensor:
     """Averages of pairs of lines: ten times as fast on a CPU as a mean or a pooling."""
-    even, odd = x.unflatten(dim, (-1, 2)).unbind(dim if dim >= 0 else dim + x.ndim + 1)
+    even, odd = (x[..., i::2, :] if dim == -2 else x[..., i::2] for i in range(2))
     return (even + odd) * 0.5
 
 
 def _padded(length: int, levels: range) -> int:
     """Pixels of an axis that all levels divide."""
-    unit = 2 ** (levels.stop - 1)
+    unit: int = 2 ** (levels.stop - 1)
     return -(-length // unit) * unit
 
 
@@ -140,7 +140,8 @@ def _corner_weights(share: torch.Tensor) -> torch.Tensor:
     # Halves of |.|: on the diagonal the derivative is the mean of both sides.
     either = torch.stack([(apart.abs() - apart) / 2, (apart.abs() + apart) / 2], dim=-1)
     both = (y + x - apart.abs()) / 2
-    return torch.stack([1. - both - either.sum(-1), either[..., 0], either[..., 1], both], dim=-1).unflatten(-1, (2, 2))
+    weights = torch.stack([1. - both - either.sum(-1), either[..., 0], either[..., 1], both], dim=-1)
+    return weights.view(*y.shape, 2, 2)
 
 
 def _line(edge: torch.Tensor, level: torch.Tensor, side: float, first: int) -> torch.Tensor:

@@ -25,7 +25,8 @@ def check_coverage(coverage: float | Sequence[float]) -> tuple[float, float]:
         TypeError: Not a number, nor two.
         ValueError: Outside of [0, 1], or the first above the second.
     """
-    low, high = coverage if isinstance(coverage, (list, tuple)) and len(coverage) == 2 else (coverage, coverage)
+    both: Any = coverage if isinstance(coverage, (list, tuple)) and len(coverage) == 2 else (coverage, coverage)
+    low, high = both
     for value in (low, high):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f'coverage={coverage!r} must be one number in [0, 1] or two, the smallest and the largest.')

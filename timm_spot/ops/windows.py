@@ -165,7 +165,9 @@ def _read_sized(
     sized = sized_windows(images, positions, spacing, window, levels).transpose(1, 2)
     if today is None:
         return sized
-    return _WithValue.apply(sized, torch.where(plain[..., None, None, None], today.detach(), sized.detach()))
+    mixed: torch.Tensor = torch.where(plain[..., None, None, None], today.detach(), sized.detach())
+    out: torch.Tensor = _WithValue.apply(sized, mixed)
+    return out
 
 
 class _WithValue(torch.autograd.Function):
@@ -233,8 +235,7 @@ def sample_windows(
       (2 L / (H + W)) * k / (k - 1) apart, a sample is 0 unless 0 <= index < L - 1. Plain gradient.
 
     Under `patch` a window may have a size: samples `spacing` pixels apart, of the picture blurred to that scale (see
-    `timm_spot.ops.pyramid`). Spacing 1 is the window above, to the last bit; one of a whole patch lattice's cell / k
-    gives the patches of the picture at k pixels a cell. There is a derivative to the spacing.
+    `timm_spot.ops.pyramid`). Spacing 1 is the window above, to the last bit; there is a derivative to the spacing.
 
     Args:
         images: (B, C, H, W). Sampling happens in float32 (float64 for float64 images).

@@ -52,6 +52,6 @@ def test_maps_are_named_where_they_are_read(pico):
 
 
 def test_another_budget_shares_the_weights_and_leaves_the_model(pico, batch):
-    other = at_budget(pico, 9)
+    other = at_budget(pico, 9, 0.)
     assert other.place(batch.images).shape == (2, 9, 2) and pico.place(batch.images).shape == (2, 64, 2)
     assert other.head.weight is pico.head.weight

@@ -45,7 +45,8 @@ def test_a_key_holds_every_setting_of_the_search(pictures):
     a = plan(make_model(), pictures)
     changes = dict(
         steps=4, lr=1e-2, optimizer='sgd', optimizer_kwargs=dict(weight_decay=0.), objective='entropy', keep='best',
-        bounds='clamp', patience=2, tol=0.1, record=False, amp_dtype=torch.bfloat16, chunk_size=1)
+        bounds='clamp', patience=2, tol=0.1, record=False, amp_dtype=torch.bfloat16, chunk_size=1,
+        optimize=('position', 'size'))
     assert set(changes) == set(vars(Search()))
     for name, value in changes.items():
         assert differing(a, plan(make_model(), pictures, **{name: value})) == {'search'}

@@ -23,7 +23,8 @@ def test_bounds_by_hand():
     expected = dict(none=x, clamp=torch.tensor([0., 0., 0.3, 1., 1., 1.]),
                     reflect=torch.tensor([0.25, 0., 0.3, 1., 0.75, 0.5]))
     for bounds, values in expected.items():
-        torch.testing.assert_close(Search(bounds=bounds).bound(x), values, rtol=0, atol=1e-6)
+        bounded = Search(bounds=bounds).bound(x[:, None].expand(-1, 2))
+        torch.testing.assert_close(bounded, values[:, None].expand(-1, 2), rtol=0, atol=1e-6)
 
 
 def test_the_search_is_that_of_the_paper_unless_told_otherwise():

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...ops.windows import check_convention
+from ...ops.windows import check_convention, split_placement
 from ..extras import need
 from ..kept import whole_file
 from ..pictures.images import to_rgb
@@ -114,16 +114,23 @@ def rectangles(
         picture: np.ndarray,
         convention: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Centres (N, 2) of windows in the pixel coordinates of imshow, and their sides (2,), both as (y, x)."""
+    """Centres (N, 2) of windows in the pixel coordinates of imshow, and their sides (N, 2), both as (y, x).
+
+    `positions` is a placement (N, 2), (N, 3) or (N, 4), see `timm_spot.ops.windows.split_placement`.
+    """
     check_convention(convention, window)
     positions = positions.detach().cpu()
     positions = positions[0] if positions.ndim == 3 and len(positions) == 1 else positions
-    if positions.ndim != 2 or positions.shape[-1] != 2:
-        raise ValueError(f'positions must have shape (N, 2), one placement, got {tuple(positions.shape)}.')
+    if positions.ndim != 2 or positions.shape[-1] not in (2, 3, 4):
+        raise ValueError(
+            f'positions must have shape (N, 2), one placement, got {tuple(positions.shape)}; sizes lie in one or '
+            'two more columns.')
     if not positions.isfinite().all():
         raise ValueError(f'positions of shape {tuple(positions.shape)} hold NaN or infinity.')
     size = np.array(picture.shape[:2])
+    positions, spacing = split_placement(positions)
     sides = window * 2 * size / size.sum() if convention == 'spot' else np.array([window, window])
+    sides = np.broadcast_to(sides, positions.shape) if spacing is None else window * spacing.numpy()
     return to_pixels(positions.numpy(), picture, convention), sides
 
 
@@ -137,7 +144,7 @@ def add_windows(ax: Axes, centres: np.ndarray, sides: np.ndarray) -> None:
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
 
-    height, width = sides
-    windows = [Rectangle((x - width / 2, y - height / 2), width, height) for y, x in centres]
+    windows = [
+        Rectangle((x - width / 2, y - height / 2), width, height) for (y, x), (height, width) in zip(centres, sides)]
     ax.add_collection(PatchCollection(windows, facecolor=to_rgba(ORANGE, 0.3), edgecolor=ORANGE, linewidth=1.))
     ax.scatter(centres[:, 1], centres[:, 0], s=9, color='white', edgecolors=DARK, linewidths=0.6, zorder=3)

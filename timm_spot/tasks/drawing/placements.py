@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ...ops.placements import sample_positions
 from ...ops.saliency import spectral_residual
+from ...ops.windows import sample_windows, split_placement
 from .figure import (
     BLANK,
     GREY,
@@ -38,7 +40,8 @@ def draw_placement(
     Args:
         image: PIL image, uint8 array (H, W[, C]) or tensor (C, H, W) or (1, C, H, W). A float tensor with values
             outside [0, 1] is taken for a normalised one and stretched from its smallest to its largest value.
-        positions: (N, 2) or (1, N, 2) of (y, x).
+        positions: (N, 2) or (1, N, 2) of (y, x); with sizes (N, 3) or (N, 4), the spacing of each window in pixels
+            behind it, one or along (y, x).
         window: Side of a window in pixels.
         ax: Where to draw; a new figure by default.
         convention: Geometry of the windows, see `timm_spot.sample_windows`.
@@ -64,12 +67,15 @@ def draw_seen(
         ax: Axes | None = None,
         convention: str = 'patch',
 ) -> Axes:
-    """Draw only the pixels inside windows; arguments and errors are those of `draw_placement`."""
+    """Draw only what windows read, coarse ones as coarse as they are; arguments and errors of `draw_placement`."""
     picture = to_picture(image)
-    covered = _covered(*rectangles(positions, window, picture, convention), picture)
+    centres, sides = rectangles(positions, window, picture, convention)
+    covered = _covered(centres, sides, picture)
     ax = new_axes(picture) if ax is None else ax
     seen = np.full((*covered.shape, 4), BLANK)
     seen[covered, :3], seen[covered, 3] = picture[covered], 1.
+    if positions.shape[-1] > 2:
+        seen[covered, :3] = _read_back(positions, window, centres, sides, picture)[covered]
     show(ax, seen)
     ax.set_title(f'{covered.mean():.0%} of the pixels', color=GREY, fontsize='medium')
     return ax
@@ -77,9 +83,32 @@ def draw_seen(
 
 def _covered(centres: np.ndarray, sides: np.ndarray, picture: np.ndarray) -> np.ndarray:
     """Pixels (H, W) whose centre lies in a window."""
-    y, x = (np.abs(np.arange(length) - centres[:, i:i + 1]) < sides[i] / 2
+    y, x = (np.abs(np.arange(length) - centres[:, i:i + 1]) < sides[:, i:i + 1] / 2
             for i, length in enumerate(picture.shape[:2]))
     return (y[:, :, None] & x[:, None, :]).any(axis=0)
+
+
+def _read_back(
+        placement: torch.Tensor,
+        window: int,
+        centres: np.ndarray,
+        sides: np.ndarray,
+        picture: np.ndarray,
+) -> np.ndarray:
+    """The picture (H, W, 3) from the samples of its windows, those of the finest on top."""
+    positions, spacing = split_placement(placement.detach().cpu().float().view(1, -1, placement.shape[-1]))
+    pixels = torch.from_numpy(picture).float().permute(2, 0, 1)[None]
+    windows = sample_windows(pixels, positions, window, spacing=spacing)[0]
+    painted = np.zeros_like(picture)
+    for i in np.argsort(-sides.prod(axis=1)):
+        inside = [np.flatnonzero(np.abs(np.arange(length) - c) < side / 2)
+                  for length, c, side in zip(picture.shape[:2], centres[i], sides[i])]
+        # Samples lie at the centres of k equal parts of the window, as pixels of a small picture do.
+        y, x = (torch.from_numpy(2 * (at - c) / side) for at, c, side in zip(inside, centres[i], sides[i]))
+        grid = torch.stack(torch.meshgrid(y, x, indexing='ij')[::-1], dim=-1).float()[None]
+        patch = F.grid_sample(windows[i:i + 1], grid, padding_mode='border', align_corners=False)[0]
+        painted[np.ix_(*inside)] = patch.permute(1, 2, 0).clamp(0, 1)
+    return painted
 
 
 def draw_priors(image: Picture | None = None, n_tokens: int = 25, window: int = 16) -> np.ndarray:

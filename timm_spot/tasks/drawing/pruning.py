@@ -56,13 +56,13 @@ def draw_pruning(
     ax = new_axes(picture) if ax is None else ax
     show(ax, picture)
     casing = [patheffects.withStroke(linewidth=2, foreground=DARK)]
-    for (y, x), stage in zip(centres, fell_at):
-        corner = (x - sides[1] / 2, y - sides[0] / 2)
+    for (y, x), (height, width), stage in zip(centres, sides, fell_at):
+        corner = (x - width / 2, y - height / 2)
         if stage == len(kept):
-            ax.add_patch(Rectangle(corner, sides[1], sides[0], fill=False, edgecolor=ORANGE, linewidth=1.5, zorder=3))
+            ax.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=ORANGE, linewidth=1.5, zorder=3))
             continue
         shade = 0.85 * (1 - stage / len(kept))
-        ax.add_patch(Rectangle(corner, sides[1], sides[0], facecolor=DARK, alpha=shade, linewidth=0))
+        ax.add_patch(Rectangle(corner, width, height, facecolor=DARK, alpha=shade, linewidth=0))
         ax.text(x, y, str(stage + 1), color='white', fontsize='x-small', ha='center', va='center', path_effects=casing)
     counts = ' → '.join(str(n) for n in [len(centres), *(index.numel() for index in kept)])
     ax.set_title(f'{counts} tokens', color=GREY, fontsize='medium')

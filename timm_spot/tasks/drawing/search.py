@@ -60,7 +60,7 @@ def draw_trajectory(
 
     picture = to_picture(image)
     trajectory, losses = _trajectory(result, index)
-    points = to_pixels(trajectory.numpy(), picture, convention)  # steps + 1, N, 2
+    points = to_pixels(trajectory[..., :2].numpy(), picture, convention)  # steps + 1, N, 2
     if axes is None:
         width, height = figure_size(picture)
         figure = new_figure(width + 0.8 * SIDE, max(height, 0.7 * SIDE))
@@ -127,7 +127,7 @@ def animate(
     picture = to_picture(image)
     trajectory, losses = _trajectory(result, index)
     centres, sides = rectangles(trajectory.flatten(0, 1), window, picture, convention)
-    centres = centres.reshape(trajectory.shape)
+    centres, sides = (a.reshape(*trajectory.shape[:2], 2) for a in (centres, sides))
     figure = new_figure(*figure_size(picture))
     # Films know no transparency: a dark frame with light text stands on any page. Codecs want an even size.
     figure.patch.set(facecolor=DARK, alpha=1.)
@@ -139,7 +139,7 @@ def animate(
             for step, loss in enumerate(losses):
                 ax.clear()
                 show(ax, picture)
-                add_windows(ax, centres[step], sides)
+                add_windows(ax, centres[step], sides[step])
                 _include(ax, centres, picture)
                 ax.set_title(f'step {step}, loss {loss:.3f}', color='#d0d0d0', fontsize='medium')
                 writer.grab_frame(facecolor=DARK)
@@ -160,7 +160,7 @@ def check_film(path: Path) -> None:
 
 
 def _trajectory(result: OracleResult, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions (steps + 1, N, 2) and losses (steps + 1,) of one image of a result."""
+    """Placements (steps + 1, N, 2), with sizes (steps + 1, N, 4), and losses (steps + 1,) of one image of a result."""
     if result.trajectory is None:
         raise ValueError('result has no trajectory: search with optimize_positions(..., record=True).')
     if not 0 <= index < len(result.losses):

@@ -12,6 +12,7 @@ from timm.models import get_model_args
 from torch import nn
 
 from ...ops.samplers import check_n_tokens, get_sampler
+from ...ops.sizes import check_coverage
 from ..kept import weights_digest
 from ..pictures.datasets import Pictures, check_classes
 from .families import family_of
@@ -79,7 +80,7 @@ def _plan(common: Dict[str, str], model: nn.Module, way: Way, request: Request) 
     row = Row(
         kind=way.kind, sampler=_printable(way.sampler), n_tokens=way.n_tokens, seeds=seeds if way.stochastic else (),
         saliency=_printable(way.saliency), knn=_printable(request.knn.key) if request.knn and way.has_knn else '',
-        settings=_settings(model, way), **common, **dropped)
+        settings=_settings(model, way), coverage=way.coverage or None, **common, **dropped)
     return PlannedRow(row, pruning.model if pruning else model, way, seeds)
 
 
@@ -92,6 +93,8 @@ def _check(models: Dict[str, nn.Module], request: Request) -> None:
         get_sampler(name)
     for n in request.budgets:
         check_n_tokens(n)
+    for coverage in request.coverages:
+        check_coverage(coverage)
     for seed in request.seeds:
         if not 0 <= seed <= _LARGEST_SEED:
             raise ValueError(f'seeds={_listed(request.seeds)}: {seed} must lie between 0 and {_LARGEST_SEED}.')

@@ -92,7 +92,7 @@ def _read(path: Path, columns: Sequence[str], parse: Callable[[Dict[str, str]], 
     if not lines:
         return _Table([], problems, not problems)
     header = _split(lines[0])
-    if header not in (list(columns), [name for name in columns if name not in NEW_COLUMNS]):
+    if header != [name for name in columns if name in header or name not in NEW_COLUMNS]:
         raise ValueError(f'{path} has other columns, it is of another version or damaged: give another folder.')
     found, repeated = [], 0
     for number, line in enumerate(lines[1:], start=2):

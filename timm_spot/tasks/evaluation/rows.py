@@ -17,11 +17,11 @@ BASELINE = 'baseline'  # other ways to spend fewer tokens on the same weights
 METRICS = ('top1', 'top5', 'nll', 'ece', 'knn_top1')
 KEY = (
     'data', 'data_sha', 'split', 'model', 'weights', 'sampler', 'n_tokens', 'scorer', 'keep_rate', 'stages', 'seeds',
-    'saliency', 'knn', 'amp', 'kind', 'settings')
+    'saliency', 'knn', 'amp', 'kind', 'settings', 'coverage')
 COLUMNS = (
     *KEY, 'images', 'skipped', *(f'{m}{suffix}' for m in METRICS for suffix in ('', '_se', '_se_seeds')), 'gflops')
 SPEED_COLUMNS = (*KEY, 'images_per_s')
-NEW_COLUMNS = ('kind', 'settings')  # files of version 0.1 lack them
+NEW_COLUMNS = ('kind', 'settings', 'coverage')  # files of earlier versions lack some
 
 _BASELINES_BEFORE = ('patch-drop', 'low-res', 'top-k')  # those of version 0.1
 
@@ -48,6 +48,7 @@ class Row:
         amp: Data type of autocast, or ''.
         settings: Digest of what else determines the figures: the model's configuration, a folder of maps. '' in a row
             of version 0.1, which does not say.
+        coverage: Share of its cell that a window covers; None for windows of single pixels.
     """
 
     kind: str
@@ -66,6 +67,7 @@ class Row:
     knn: str = ''
     amp: str = ''
     settings: str = ''
+    coverage: Optional[float] = None
 
     @property
     def competes(self) -> bool:
@@ -73,9 +75,14 @@ class Row:
         return self.kind != ORACLE
 
     @property
+    def placement(self) -> str:
+        """How the tokens came about, and how large they are."""
+        return self.sampler if self.coverage is None else f'{self.sampler}, coverage {self.coverage:g}'
+
+    @property
     def title(self) -> str:
         """What people call it."""
-        parts = [self.model, self.sampler, f'{self.n_tokens} tokens' if self.n_tokens is not None else '']
+        parts = [self.model, self.placement, f'{self.n_tokens} tokens' if self.n_tokens is not None else '']
         return ', '.join(filter(None, [*parts, f'{self.scorer} at {self.keep_rate}' if self.scorer else '']))
 
     def to_cells(self) -> Dict[str, str]:
@@ -96,6 +103,7 @@ class Row:
             values,
             n_tokens=int(cells['n_tokens']) if cells['n_tokens'] else None,
             keep_rate=float(cells['keep_rate']) if cells['keep_rate'] else None,
+            coverage=float(cells['coverage']) if cells.get('coverage') else None,
             stages=tuple(int(stage) for stage in cells['stages'].split()),
             seeds=tuple(int(seed) for seed in cells['seeds'].split())))
 

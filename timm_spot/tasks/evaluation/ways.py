@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any, Callable, Iterable, Iterator, Optional, Sequence
 
 import torch
@@ -57,6 +58,7 @@ class Way:
         has_knn: Whether nearest neighbours can be asked.
         can_prune: Whether tokens may be dropped on the way.
         pruning: How they are.
+        coverage: Share of its cell that a window covers.
     """
 
     kind: str
@@ -68,6 +70,7 @@ class Way:
     has_knn: bool = True
     can_prune: bool = True
     pruning: Optional[Pruning] = None
+    coverage: float = 0.
 
 
 def image_size(model: nn.Module) -> tuple[int, int]:
@@ -80,25 +83,34 @@ def sampler_ways(model: nn.Module, request: Request) -> Iterator[Way]:
     read_maps = saliency_source(request.saliency, model, model_transform(model))
     for name in request.samplers:
         sampler = get_sampler(name)
-        for n in request.budgets:
+        for n, coverage in product(request.budgets, coverages(model, request)):
             if sampler.deterministic:
                 sample_positions(name, n, image_size(model), window=model.patch_embed.window)
             yield Way(
-                rows.SAMPLER, name, n, partial(_placed, sampler=name, n_tokens=n, read_maps=read_maps),
-                not sampler.deterministic, request.saliency if 'saliency' in sampler.keywords else '')
+                rows.SAMPLER, name, n,
+                partial(_placed, sampler=name, n_tokens=n, read_maps=read_maps, coverage=coverage),
+                not sampler.deterministic, request.saliency if 'saliency' in sampler.keywords else '',
+                coverage=coverage)
+
+
+def coverages(model: nn.Module, request: Request) -> Sequence[float]:
+    """Those asked for, or the model's own."""
+    return request.coverages or (model.placer.coverage(),)
 
 
 def placer_ways(model: nn.Module, request: Request) -> Iterator[Way]:
     """A subpixel ViT with a placer of its own at each budget; none for one placed by a sampler."""
     placer = model.placer
     if type(placer) is not SampledPlacer:
-        for n in request.budgets:
-            yield Way(rows.PLACER, placer.name or type(placer).__name__, n, partial(_self_placed, n_tokens=n))
+        for n, coverage in product(request.budgets, coverages(model, request)):
+            yield Way(
+                rows.PLACER, placer.name or type(placer).__name__, n,
+                partial(_self_placed, n_tokens=n, coverage=coverage), coverage=coverage)
 
 
-def at_budget(model: nn.Module, n_tokens: int) -> nn.Module:
-    """A subpixel ViT whose own placer has another budget; it shares the weights, and `model` stays as it is."""
-    return shallow_copy(model, placer=model.placer.replaced(n_tokens=n_tokens))
+def at_budget(model: nn.Module, n_tokens: int, coverage: float) -> nn.Module:
+    """A subpixel ViT whose own placer has another budget and coverage; it shares the weights of `model`."""
+    return shallow_copy(model, placer=model.placer.replaced(n_tokens=n_tokens, coverage=coverage))
 
 
 def oracle_ways(model: nn.Module, request: Request) -> Iterator[Way]:
@@ -107,12 +119,13 @@ def oracle_ways(model: nn.Module, request: Request) -> Iterator[Way]:
         return
     name, sampler = request.oracle, get_sampler(request.oracle)
     read_maps = saliency_source(request.saliency, model, model_transform(model))
-    for n in request.budgets:
-        search = partial(_searched, init=name, n_tokens=n, read_maps=read_maps, amp=request.amp)
+    for n, coverage in product(request.budgets, coverages(model, request)):
+        search = partial(
+            _searched, init=name, n_tokens=n, read_maps=read_maps, coverage=coverage, amp=request.amp)
         # No nearest neighbours: their labels would have to be searched with.
         yield Way(
             rows.ORACLE, f'oracle {name}', n, search, not sampler.deterministic,
-            request.saliency if 'saliency' in sampler.keywords else '', has_knn=False)
+            request.saliency if 'saliency' in sampler.keywords else '', has_knn=False, coverage=coverage)
 
 
 def region_ways(model: nn.Module, request: Request) -> Iterator[Way]:
@@ -147,18 +160,23 @@ def pruned_ways(model: nn.Module, request: Request, ways: Iterable[Way]) -> Iter
 
 
 def _placements(
-        model: nn.Module, batch: ImageBatch, sampler: str, n_tokens: int, read_maps: SaliencySource) -> torch.Tensor:
+        model: nn.Module,
+        batch: ImageBatch,
+        sampler: str,
+        n_tokens: int,
+        read_maps: SaliencySource,
+        coverage: float,
+) -> torch.Tensor:
     maps = read_maps(batch.images, batch.files) if 'saliency' in get_sampler(sampler).keywords else None
-    return draw_placements(model, batch.images, sampler, n_tokens, maps, batch.index, batch.seed)
+    return draw_placements(model, batch.images, sampler, n_tokens, maps, batch.index, batch.seed, coverage)
 
 
-def _placed(
-        model: nn.Module, batch: ImageBatch, sampler: str, n_tokens: int, read_maps: SaliencySource) -> torch.Tensor:
-    return model.forward_features(batch.images, _placements(model, batch, sampler, n_tokens, read_maps))
+def _placed(model: nn.Module, batch: ImageBatch, **how: Any) -> torch.Tensor:
+    return model.forward_features(batch.images, _placements(model, batch, **how))
 
 
-def _self_placed(model: nn.Module, batch: ImageBatch, n_tokens: int) -> torch.Tensor:
-    return at_budget(model, n_tokens).forward_features(batch.images)
+def _self_placed(model: nn.Module, batch: ImageBatch, n_tokens: int, coverage: float) -> torch.Tensor:
+    return at_budget(model, n_tokens, coverage).forward_features(batch.images)
 
 
 def _searched(
@@ -167,9 +185,10 @@ def _searched(
         init: str,
         n_tokens: int,
         read_maps: SaliencySource,
+        coverage: float,
         amp: Optional[str],
 ) -> torch.Tensor:
-    start = _placements(model, batch, init, n_tokens, read_maps)
+    start = _placements(model, batch, init, n_tokens, read_maps, coverage)
     found = optimize_positions(
         model, batch.images, batch.labels, init=start, record=False, amp_dtype=getattr(torch, amp) if amp else None)
     return model.forward_features(batch.images, found.positions)

@@ -21,8 +21,8 @@ def export_model(model: nn.Module, path: str | Path, positions_as_input: bool = 
     The file appears under its name once it was compared, or not at all.
 
     Inputs are `images` (B, C, H, W) of the model's nominal size, normalised, and, if asked for, `positions` (B, N, 2)
-    of any budget N; the output is `logits`. Without positions the placement of the model's sampler is part of the file,
-    or the network that places its tokens.
+    of any budget N, of a model that places sizes (B, N, 4) with spacings; the output is `logits`. Without positions the
+    placement of the model's sampler is part of the file, or the network that places its tokens.
 
     Args:
         model: A subpixel ViT in eval mode, on the CPU.
@@ -86,6 +86,9 @@ def _inputs(model: nn.Module, batch_size: int, n_tokens: int, positions_as_input
     embed, generator = model.patch_embed, torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, embed.proj.in_channels, *embed.img_size, generator=generator)
     positions = torch.rand(batch_size, n_tokens, 2, generator=generator)
+    if model.placer.prior.has_sizes:
+        spacing = 1. + 3. * torch.rand(batch_size, n_tokens, 2, generator=generator)
+        positions = torch.cat([positions, spacing], dim=-1)
     return (images, positions) if positions_as_input else (images,)
 
 

@@ -170,7 +170,7 @@ def add_results(card: str, results: str) -> str:
         raise ValueError(f"{RESULTS} must have rows with the columns sampler, n_tokens, top1; it lacks {missing}.")
     cells: dict[str, dict[int, float]] = {}
     for row in rows:
-        name = row['sampler']
+        name = row['sampler'] + (f", coverage {row['coverage']}" if row.get('coverage') else '')
         if row.get('scorer'):
             name += f", {row['scorer']} at keep rate {row['keep_rate']}"
         budgets = cells.setdefault(name, {})

@@ -19,7 +19,7 @@ def descend(
         index: torch.Tensor,
         callback: Callback | None = None,
 ) -> OracleResult:
-    """Search images `index` (B,) of an evaluator from `start` (B, N, 2).
+    """Search images `index` (B,) of an evaluator from `start` (B, N, 2), or (B, N, 4) with sizes.
 
     Raises:
         ValueError: A loss or a gradient that is not finite; names image and step.
@@ -29,46 +29,48 @@ def descend(
     for step in range(search.steps + 1):
         last = step == search.steps
         # A copy: optimizers never write to the graph's leaf.
-        positions = places.current[active].requires_grad_(not last)
+        moved = places.moved[active].requires_grad_(not last)
         with torch.set_grad_enabled(not last):
-            logits, graph = evaluate(index[active], positions)
+            logits, graph = evaluate(index[active], search.fold(moved, start[active]))
         logits, losses = logits.detach(), graph.detach()
         _check_finite('loss', losses, index[active], step)
         if step == 0:
             found, patience = _Found(search, start, logits, losses), _Patience(search, losses)
-        found.note(step, active, places.current[active], logits, losses)
+        placement = search.fold(moved.detach(), start[active])
+        found.note(step, active, placement, logits, losses)
         if callback is not None:
-            callback(step, index[active], places.current[active], losses)
+            callback(step, index[active], placement, losses)
         if last:
             break
         goes_on = patience.lasts(active, losses)
         if not goes_on.any():
             break
         graph.backward(torch.ones_like(graph))
-        _check_finite('gradient', positions.grad.flatten(1).abs().amax(dim=1), index[active], step)
+        _check_finite('gradient', moved.grad.flatten(1).abs().amax(dim=1), index[active], step)
         active = active[goes_on]
-        places.step(active, positions.grad[goes_on])
+        places.step(active, moved.grad[goes_on])
     return found.result
 
 
 class _Places:
-    """Placements (B, N, 2) under way."""
+    """What the optimizers move of the placements under way."""
 
     def __init__(self, search: Search, start: torch.Tensor) -> None:
-        self.search = search
-        self.current = start.clone()
-        self.places = list(self.current.unbind())  # views: the optimizers move `current` itself
+        self.search, self.start = search, start
+        self.moved = search.unfold(start).clone()
+        self.places = list(self.moved.unbind())  # views: the optimizers move `moved` itself
         self.optimizers = search.create_optimizers(self.places)
 
     def step(self, index: torch.Tensor, gradients: torch.Tensor) -> None:
-        """Move the placements `index` (b,) by their gradients (b, N, 2)."""
+        """Move the placements `index` (b,) by their gradients."""
         for place in self.places:
             place.grad = None  # optimizers pass over these: a finished image stays where it is
         for i, gradient in zip(index.tolist(), gradients):
             self.places[i].grad = gradient
         for optimizer in self.optimizers:
             optimizer.step()
-        self.current.copy_(self.search.bound(self.current))
+        if 'position' in self.search.optimize:
+            self.moved[..., :2] = self.search.bound(self.moved[..., :2])
 
 
 class _Patience:

@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
 
 from ...models.placement import list_placers
 from ...models.prior import Saliency, compute_saliency
-from ...ops.samplers import check_n_tokens, get_sampler, list_samplers, sample_positions
+from ...ops.placements import sample_placement
+from ...ops.samplers import check_n_tokens, get_sampler, list_samplers
 from ...ops.windows import check_placement
 
 MAX_SEED = 2 ** 32
@@ -21,18 +23,24 @@ def starting_positions(
         n_tokens: int | None = None,
         saliency: Saliency | None = None,
         generator: torch.Generator | None = None,
+        coverage: float | None = None,
 ) -> torch.Tensor:
-    """Where `optimize_positions` starts, (B, N, 2), a copy: with a model in eval mode, its arguments and its errors."""
+    """Where `optimize_positions` starts, a copy: with a model in eval mode, its arguments and its errors.
+
+    (B, N, 2), or with sizes (B, N, 4), which go by `coverage`, by default the model's.
+    """
     size = (images.shape[-2], images.shape[-1])
     if isinstance(init, torch.Tensor):
         check_start(init, images)
         if n_tokens is not None and n_tokens != init.shape[-2]:
             raise ValueError(f'n_tokens={n_tokens}, but init of shape {tuple(init.shape)} has {init.shape[-2]} tokens.')
-        return init.detach().expand(len(images), -1, -1).clone()
+        init = init.detach().expand(len(images), -1, -1)
+        return torch.cat([init, init[..., 2:]], dim=-1) if init.shape[-1] == 3 else init.clone()
     check_init(model, init)
     n_tokens = check_budget(model, n_tokens, size)
     if names_placer(init):
-        return _with_budget(model, n_tokens).place(images).detach()  # a copy already
+        changes = dict(n_tokens=n_tokens) if coverage is None else dict(n_tokens=n_tokens, coverage=coverage)
+        return _with_placer(model, **changes).place(images).detach()  # a copy already
     prior, window = model.placer.prior, model.patch_embed.window
     maps = None
     if 'saliency' in get_sampler(init).keywords:
@@ -40,8 +48,10 @@ def starting_positions(
     # Without a generator all images share one placement, as in a model in eval mode: drawn by its seed alone.
     shared = generator is None
     generator = torch.Generator().manual_seed(prior.seed) if generator is None else generator
-    positions = sample_positions(init, n_tokens, size, 1 if shared else len(images), maps, generator, window)
-    return positions.to(images.device).expand(len(images), -1, -1).clone()
+    placement = sample_placement(
+        init, n_tokens, size, 1 if shared else len(images), maps, generator, window,
+        coverage=model.placer.coverage() if coverage is None else coverage, n_coarse=prior.n_coarse)
+    return placement.to(images.device).expand(len(images), -1, -1).clone()
 
 
 def image_generator(seed: int, index: int) -> torch.Generator:
@@ -57,16 +67,18 @@ def draw_placements(
         maps: torch.Tensor | None,
         index: torch.Tensor,
         seed: int,
+        coverage: float | None = None,
 ) -> torch.Tensor:
-    """Placements (B, N, 2) of images of a dataset, drawn for each by `seed` and its number in `index` (B,).
+    """Placements of images of a dataset, drawn for each by `seed` and its number in `index` (B,), see above.
 
     `sampler` may name the model's own placer, which goes by the images alone.
     """
     if names_placer(sampler):
-        return starting_positions(model, images, sampler, n_tokens)
+        return starting_positions(model, images, sampler, n_tokens, coverage=coverage)
     return torch.cat([
         starting_positions(
-            model, images[j:j + 1], sampler, n_tokens, None if maps is None else maps[j], image_generator(seed, i))
+            model, images[j:j + 1], sampler, n_tokens, None if maps is None else maps[j], image_generator(seed, i),
+            coverage)
         for j, i in enumerate(index.tolist())])
 
 
@@ -116,16 +128,17 @@ def check_start(init: torch.Tensor, images: torch.Tensor) -> None:
     from it, the numbers are something else: pixels, as a rule.
     """
     check_placement(init, images)
-    far = ((init < -1.) | (init > 2.)).any(dim=-1)
+    positions = init[..., :2]
+    far = ((positions < -1.) | (positions > 2.)).any(dim=-1)
     if far.float().mean() > 0.5:
         raise ValueError(
             f'init of shape {tuple(init.shape)} lies mostly outside of the image, its largest value is '
-            f'{init.max().item():.4g}: positions are (y, x) as shares of height and width, in [0, 1]. Divide pixels by '
-            f'({images.shape[-2]}, {images.shape[-1]}).')
+            f'{positions.max().item():.4g}: positions are (y, x) as shares of height and width, in [0, 1]. Divide '
+            f'pixels by ({images.shape[-2]}, {images.shape[-1]}).')
 
 
-def _with_budget(model: nn.Module, n_tokens: int) -> nn.Module:
-    """A copy of a model that shares everything, but places so many tokens."""
+def _with_placer(model: nn.Module, **changes: Any) -> nn.Module:
+    """A copy of a model that shares everything, but places by another budget or coverage."""
     other = copy.copy(model)
-    other._modules = {**model._modules, 'placer': model.placer.replaced(n_tokens=n_tokens)}
+    other._modules = {**model._modules, 'placer': model.placer.replaced(**changes)}
     return other

@@ -9,9 +9,11 @@ says how good a placement exists, not how good a placement can be found for a ne
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ...models.prior import Saliency
@@ -47,6 +49,7 @@ def optimize_positions(
         saliency: Saliency | None = None,
         generator: torch.Generator | None = None,
         callback: Callback | None = None,
+        optimize: str | Sequence[str] = ('position',),
 ) -> OracleResult:
     """Search the placement of each image by gradient descent on its own loss (SPoT-ON).
 
@@ -59,8 +62,9 @@ def optimize_positions(
         targets: (B,) class indices, needed by the objective 'label'; given to others, they only set `correct_*`.
         n_tokens: Budget; by default the model's own, or that of `init`.
         init: Where to start: name of a sampler, that of the model's own placer (`model.placer.name`, for a placement
-            network), or a placement (B, N, 2) or (N, 2). Without `generator`, a stochastic sampler gives every image
-            the one placement that the model in eval mode would draw by its seed.
+            network), or a placement (B, N, 2) or (N, 2), with sizes (B, N, 3), (B, N, 4). Without `generator`, a
+            stochastic sampler gives every image the one placement that the model in eval mode would draw by its seed.
+            Sizes go by the model's coverage.
         steps: Steps of the optimizer, at least 0.
         lr: Learning rate, in units of the image's side for optimizers such as adamw.
         optimizer: Name of any first-order optimizer of timm.optim. Every image's placement is a parameter of its own.
@@ -80,6 +84,8 @@ def optimize_positions(
         generator: Source of the start of a stochastic `init`, drawn for each image anew.
         callback: Called as callback(step, index, positions, losses) at the start (step 0) and after each step, with
             the images still searched: index (b,), positions (b, N, 2) and losses (b,).
+        optimize: What moves: 'position', 'size', or both. Sizes move in their logarithm: a step of lr = 0.003 makes a
+            window 3 % larger or smaller. The placements found then have spacings, (B, N, 4).
 
     Raises:
         TypeError: Something that is no subpixel ViT, tensor or int where one is needed.
@@ -96,7 +102,8 @@ def optimize_positions(
     """
     search = Search(
         steps=steps, lr=lr, optimizer=optimizer, optimizer_kwargs=optimizer_kwargs, objective=objective, keep=keep,
-        bounds=bounds, patience=patience, tol=tol, record=record, amp_dtype=amp_dtype, chunk_size=chunk_size)
+        bounds=bounds, patience=patience, tol=tol, record=record, amp_dtype=amp_dtype, chunk_size=chunk_size,
+        optimize=optimize)
     _check_inputs(model, images, targets, search)
     device = images.device
     with contextlib.ExitStack() as stack:
@@ -108,6 +115,8 @@ def optimize_positions(
         images = images.clone() if images.is_inference() else images
         targets = targets.to(device) if targets is not None else None
         start = search.bound(starting_positions(model, images, init, n_tokens, saliency, generator))
+        if 'size' in search.optimize and start.shape[-1] == 2:
+            start = F.pad(start, (0, 2), value=1.)  # windows of single pixels
         evaluate = Evaluator(model, images, targets, search)
         result = OracleResult.concat([descend(search, evaluate, start[i], i, callback) for i in evaluate.chunks])
         if targets is not None:
@@ -120,6 +129,8 @@ def _check_inputs(model: nn.Module, images: torch.Tensor, targets: torch.Tensor 
     if not isinstance(getattr(model, 'patch_embed', None), SubpixelEmbed):
         raise TypeError(f'model must be a subpixel ViT, such as a spot_vit of timm, got {type(model).__name__}.')
     check_images(images, model.patch_embed.window)
+    if 'size' in search.optimize and model.patch_embed.convention == 'spot':
+        raise ValueError(f"optimize={search.optimize!r}: under convention='spot' windows have one size.")
     if not len(images):
         raise ValueError(f'images of shape {tuple(images.shape)} hold no image.')
     channels = model.patch_embed.proj.in_channels

@@ -76,15 +76,22 @@ class Plan:
             n_tokens=self.n_tokens,
             batch_size=self.batch_size,
             seed=self.seed,
-            search=dataclasses.asdict(self.search),
+            search=self._search_key(),
         ))
+
+    def _search_key(self) -> dict[str, Any]:
+        key = dataclasses.asdict(self.search)
+        if self.search.optimize == ('position',):
+            del key['optimize']  # results of version 0.1 do not say it
+        return key
 
     def _placer_key(self) -> Any:
         if not names_placer(self.init):
             return None
         placer = self.model.placer  # its weights are the model's
         prior = placer.eval_prior
-        return [settings_digest(placer), prior.sampler, prior.seed, prior.window, _own_saliency_key(prior.saliency)]
+        said = [settings_digest(placer), prior.sampler, prior.seed, prior.window, _own_saliency_key(prior.saliency)]
+        return said if not prior.has_sizes else [*said, prior.coverage, prior.n_coarse]
 
     def _saliency_key(self) -> Any:
         if not _needs_map(self.init):

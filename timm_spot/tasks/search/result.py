@@ -18,12 +18,12 @@ class OracleResult:
     """What a search found, one row for each image.
 
     Attributes:
-        positions: (B, N, 2), the placements kept.
+        positions: (B, N, 2), the placements kept; with sizes (B, N, 4), spacings (y, x) behind positions.
         losses: (B, steps + 1), the objective at the start and after each step. An image that stopped early keeps its
             last value, here and in `trajectory`.
         logits_before: (B, num_classes) of the start.
         logits_after: (B, num_classes) of `positions`.
-        trajectory: (B, steps + 1, N, 2), start and every step; None if it was not recorded.
+        trajectory: (B, steps + 1, N, 2) or (B, steps + 1, N, 4), start and every step; None if it was not recorded.
         correct_before: (B,), whether `logits_before` names the target; None without targets.
         correct_after: (B,), the same of `logits_after`.
     """
@@ -48,7 +48,7 @@ class OracleResult:
         if min(rows, columns) < 1:
             raise ValueError(f'grid={grid} must have at least one row and column.')
         cells = self.positions.new_tensor([rows, columns])
-        return ((self.positions * cells).floor().clamp(min=0.).minimum(cells - 1) + 0.5) / cells
+        return ((self.positions[..., :2] * cells).floor().clamp(min=0.).minimum(cells - 1) + 0.5) / cells
 
     def to_safetensors(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
         """Write to a file, whole or not at all.

@@ -12,6 +12,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_info
 from .objectives import Objective, get_objective
 
 MAX_STEPS = 100_000
+SIZE_RATE = 10.  # a step of lr image sides moves a token, or the edges of a window of a fifth of the image, as far
 _WEIGHT_DECAY = 0.01  # what torch.optim.AdamW does unasked, and so did the authors' search
 
 
@@ -33,8 +34,8 @@ class Search:
     """How to search; the same for every image.
 
     Attributes:
-        steps, lr, optimizer, optimizer_kwargs, objective, keep, bounds, patience, tol, record, amp_dtype, chunk_size:
-            See `optimize_positions`.
+        steps, lr, optimizer, optimizer_kwargs, objective, keep, bounds, patience, tol, record, amp_dtype, chunk_size,
+            optimize: See `optimize_positions`.
 
     Raises:
         TypeError: A value of another type.
@@ -61,10 +62,12 @@ class Search:
     record: bool = True
     amp_dtype: torch.dtype | None = None
     chunk_size: int | None = None
+    optimize: tuple[str, ...] = ('position',)
 
     def __post_init__(self) -> None:
         _check_choice('keep', self.keep, ('last', 'best'))
         _check_choice('bounds', self.bounds, tuple(BOUNDS))
+        object.__setattr__(self, 'optimize', _check_moving(self.optimize))
         _check_int('steps', self.steps, 0)
         if self.steps > MAX_STEPS:
             raise ValueError(
@@ -88,9 +91,23 @@ class Search:
         if get_optimizer_info(self.optimizer).second_order:
             raise ValueError(f'optimizer={self.optimizer!r} needs second derivatives, the search has first ones only.')
 
-    def bound(self, positions: torch.Tensor) -> torch.Tensor:
-        """Positions inside the bounds."""
-        return BOUNDS[self.bounds](positions)
+    def bound(self, placement: torch.Tensor) -> torch.Tensor:
+        """A placement (..., 2) or (..., 4) with its positions inside the bounds."""
+        bounded = BOUNDS[self.bounds](placement[..., :2])
+        return bounded if placement.shape[-1] == 2 else torch.cat([bounded, placement[..., 2:]], dim=-1)
+
+    def unfold(self, placement: torch.Tensor) -> torch.Tensor:
+        """What the optimizers move of a placement (..., 2) or (..., 4): positions, logarithms of sizes, or both."""
+        parts = dict(position=placement[..., :2], size=placement[..., 2:].log() / SIZE_RATE)
+        return torch.cat([parts[name] for name in self.optimize], dim=-1)
+
+    def fold(self, moved: torch.Tensor, placement: torch.Tensor) -> torch.Tensor:
+        """The placement with what was moved in its place."""
+        parts = dict(zip(self.optimize, moved.split(2, dim=-1)))
+        columns = [parts.get('position', placement[..., :2])]
+        if placement.shape[-1] > 2:
+            columns.append((parts['size'] * SIZE_RATE).exp() if 'size' in parts else placement[..., 2:])
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
 
     def create_optimizers(self, places: Sequence[torch.Tensor]) -> list[torch.optim.Optimizer]:
         """One optimizer for the placements of all images, each a parameter of its own; or one each, where they mix."""
@@ -110,6 +127,15 @@ class Search:
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown, use one of {', '.join(map(repr, choices))}.")
+
+
+def _check_moving(optimize: Any) -> tuple[str, ...]:
+    """What is to be searched, in order."""
+    names = (optimize,) if isinstance(optimize, str) else tuple(optimize)
+    known = ('position', 'size')
+    if not names or any(name not in known for name in names):
+        raise ValueError(f"optimize={optimize!r} must name 'position', 'size' or both.")
+    return tuple(name for name in known if name in names)
 
 
 def _check_int(name: str, value: int, smallest: int) -> None:

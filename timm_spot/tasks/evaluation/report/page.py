@@ -118,7 +118,7 @@ def _placements(rows: Sequence[Row], model: nn.Module, pictures: Pictures) -> st
     if not drawn:
         return ''
     budget = min(row.n_tokens for row in drawn)
-    by_name = {row.sampler: row for row in drawn if row.n_tokens == budget}
+    by_name = {row.placement: row for row in drawn if row.n_tokens == budget}
     figures = []
     for i in range(min(_PICTURES, len(pictures))):
         try:
@@ -142,9 +142,10 @@ def _place(model: nn.Module, image: torch.Tensor, row: Row, file: str, number: i
     """Positions (N, 2) of the tokens of picture `number` of the data set, (1, C, H, W), as a row has them."""
     if row.kind == PLACER:
         with torch.inference_mode():
-            return at_budget(model, row.n_tokens).place(image)[0]
+            return at_budget(model, row.n_tokens, row.coverage or 0.).place(image)[0]
     maps = saliency_source(row.saliency, model, model_transform(model))(image, [file]) if row.saliency else None
-    return draw_placements(model, image, row.sampler, row.n_tokens, maps, torch.tensor([number]), 0)[0]
+    return draw_placements(
+        model, image, row.sampler, row.n_tokens, maps, torch.tensor([number]), 0, row.coverage or 0.)[0]
 
 
 def _draw(model: nn.Module, image: torch.Tensor, positions: torch.Tensor) -> str:

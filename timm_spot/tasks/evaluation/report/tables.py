@@ -39,10 +39,10 @@ class Grouping(NamedTuple):
 
 
 BY_BUDGET = Grouping(
-    lambda result: result.row.n_tokens, lambda row: row.sampler, 'placement',
+    lambda result: result.row.n_tokens, lambda row: row.placement, 'placement',
     lambda n: 'all' if n is None else str(n), False, 'n_tokens')
 BY_KEEP_RATE = Grouping(
-    lambda result: result.row.keep_rate, lambda row: f'{row.scorer}, {_shown(row.n_tokens)} {row.sampler}', 'scorer',
+    lambda result: result.row.keep_rate, lambda row: f'{row.scorer}, {_shown(row.n_tokens)} {row.placement}', 'scorer',
     lambda rate: f'keep {rate}', True, 'gflops')
 
 
