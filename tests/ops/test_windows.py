@@ -175,3 +175,78 @@ def test_spot_reads_nothing_at_the_last_pixel_itself():
     assert sample_windows(image, torch.tensor([[0.5, 0.5]]), 2, 'spot').flatten().tolist() == [6., 0., 0., 0.]
     assert sample_windows(image, torch.tensor([[0.25, 0.25]]), 2, 'spot').flatten().tolist() == [
         1., 3., 9., 11.]
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2 ** 20), window=st.integers(1, 9), H=st.integers(9, 40), W=st.integers(9, 40))
+def test_spacing_1_is_the_window_of_single_pixels_to_the_last_bit(seed, window, H, W):
+    torch.manual_seed(seed)
+    images, positions = torch.rand(2, 3, H, W), torch.rand(2, 4, 2) * 1.4 - 0.2
+    plain = sample_windows(images, positions, window)
+    for spacing in (1, 1., torch.ones(2, 4), torch.ones(2, 4, 2)):
+        assert torch.equal(sample_windows(images, positions, window, spacing=spacing), plain)
+    mixed = torch.ones(2, 4, 2)
+    mixed[:, 2] = 3.3
+    read = sample_windows(images, positions, window, spacing=mixed)
+    assert torch.equal(read[:, [0, 1, 3]], plain[:, [0, 1, 3]])
+    followed = sample_windows(images, positions, window, spacing=torch.ones(2, 4, 2, requires_grad=True))
+    assert torch.equal(followed, plain) and followed.requires_grad
+
+
+def test_spacing_of_both_axes_alike_is_one_number():
+    images, positions = torch.rand(2, 3, 48, 40), torch.rand(2, 4, 2)
+    one = sample_windows(images, positions, 6, spacing=2.6)
+    assert torch.equal(one, sample_windows(images, positions, 6, spacing=torch.full((2, 4), 2.6)))
+    assert torch.equal(one, sample_windows(images, positions, 6, spacing=torch.full((2, 4, 2), 2.6)))
+    shared = sample_windows(images, positions[0], 6, spacing=torch.full((4,), 2.6))
+    torch.testing.assert_close(shared[0], one[0])
+
+
+@pytest.mark.parametrize('n, exactly', [(16, True), (4, True), (25, False)])
+def test_an_even_lattice_at_its_cells_reads_the_resized_picture(n, exactly):
+    """Of 224 px and windows of 14: halved and quartered exactly; resized to 70 px to the error of the blur."""
+    side = int(n ** 0.5)
+    y, x = torch.meshgrid(torch.linspace(0, 6, 224), torch.linspace(0, 4, 224), indexing='ij')
+    images = torch.stack([y.sin() * x.cos(), (x * y / 4).sin(), x - y])[None]
+    axis = (torch.arange(side) + 0.5) / side
+    read = sample_windows(images, torch.cartesian_prod(axis, axis), 14, spacing=224 / side / 14)
+    small = F.interpolate(images, (14 * side, 14 * side), mode='area' if exactly else 'bilinear', antialias=not exactly)
+    patches = small.unfold(2, 14, 14).unfold(3, 14, 14).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+    if exactly:
+        torch.testing.assert_close(read, patches, rtol=0, atol=1e-5)
+    else:
+        inside = (read - patches)[..., 1:-1, 1:-1].reshape(1, side, side, 3, 12, 12)
+        assert inside.abs().max() < 0.02
+
+
+def test_a_small_step_of_size_from_single_pixels_has_a_derivative():
+    """At spacing 1 the value is that without a size, but there is a way on, towards coarser windows."""
+    y = torch.linspace(0, 3, 64).sin()[:, None].expand(64, 64)[None, None]
+    spacing = torch.ones(1, 1, requires_grad=True)
+    rows = sample_windows(y, torch.full((1, 1, 2), 0.5), 8, spacing=spacing)[0, 0, 0, :, 0]
+    first, = torch.autograd.grad(rows[0], spacing, retain_graph=True)
+    last, = torch.autograd.grad(rows[-1], spacing)
+    wider = sample_windows(y, torch.full((1, 1, 2), 0.5), 8, spacing=1.1)[0, 0, 0, :, 0]
+    assert first.item() == pytest.approx((wider[0] - rows[0]).item() / 0.1, rel=0.2)
+    assert last.item() == pytest.approx((wider[-1] - rows[-1]).item() / 0.1, rel=0.2)
+
+
+@pytest.mark.parametrize('spacing, error, says', [
+    (0., ValueError, r'spacing of shape \(1, 3, 2\) is 0 at index \(0, 0, 0\)'),
+    (-1., ValueError, 'lies above 0'),
+    (float('nan'), ValueError, 'is nan at index'),
+    (100., ValueError, 'at most the longer side of the image, 20'),
+    (torch.ones(1, 4), ValueError, r'number or have shape \(1, 3\) or \(1, 3, 2\).*got \(1, 4\)'),
+    (torch.ones(1, 3, dtype=torch.float16), TypeError, 'spacing must be float32'),
+])
+def test_spacings_that_are_none(spacing, error, says):
+    with pytest.raises(error, match=says):
+        sample_windows(torch.rand(1, 3, 16, 20), torch.rand(1, 3, 2), 4, spacing=spacing)
+
+
+def test_sizes_are_for_patch_and_have_an_argument_of_their_own():
+    images = torch.rand(1, 3, 16, 20)
+    with pytest.raises(ValueError, match="spacing=2.0 is for convention='patch'"):
+        sample_windows(images, torch.rand(1, 3, 2), 4, 'spot', spacing=2.)
+    with pytest.raises(ValueError, match=r'shape \(1, N, 2\) or \(N, 2\), got \(1, 3, 3\): spacings are given by'):
+        sample_windows(images, torch.rand(1, 3, 3), 4)

@@ -103,7 +103,13 @@ class SubpixelVisionTransformer(VisionTransformer):
         self._state_reductions()
 
     def _priors(self, settings: dict[str, Any]) -> tuple[Prior, Prior]:
-        return make_priors(self.patch_embed.window, **settings)
+        priors = make_priors(self.patch_embed.window, **settings)
+        for prior in priors:
+            if prior.has_sizes and self.patch_embed.convention == 'spot':
+                raise ValueError(
+                    f"sampler={prior.sampler!r} at coverage={prior.coverage} asks for sizes, under convention='spot' "
+                    'windows have one.')
+        return priors
 
     @property
     def n_tokens(self) -> int:

@@ -93,7 +93,7 @@ def sample_placement(
         tensor([2., 1.])
     """
     coarse, name = split_sampler(sampler)
-    get_sampler(name)
+    get_sampler(sampler)
     check_coverage(coverage)
     image_size = _check_sizes(n_tokens, image_size, batch_size, window)
     if not coarse:

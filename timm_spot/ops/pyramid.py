@@ -52,6 +52,43 @@ def build_pyramid(images: torch.Tensor, levels: range) -> torch.Tensor:
     return _stack(_stack(images, -2, len(levels)), -1, len(levels))
 
 
+@torch.library.custom_op('timm_spot::build_pyramid', mutates_args=())
+def _operator(images: torch.Tensor, first: int, stop: int) -> torch.Tensor:
+    return build_pyramid(images, range(first, stop))
+
+
+@torch.library.custom_op('timm_spot::build_pyramid_backward', mutates_args=())
+def _operator_backward(grad: torch.Tensor, height: int, width: int, first: int, stop: int) -> torch.Tensor:
+    with torch.enable_grad():
+        images = grad.new_zeros((*grad.shape[:2], height, width)).requires_grad_()
+        gradient, = torch.autograd.grad(build_pyramid(images, range(first, stop)), images, grad)
+    return gradient
+
+
+@_operator.register_fake
+def _(images: torch.Tensor, first: int, stop: int) -> torch.Tensor:
+    levels = range(first, stop)
+    sides = [sum(_padded(side, levels) // 2 ** level + _GAP for level in levels) for side in images.shape[-2:]]
+    return images.new_empty((*images.shape[:2], *sides))
+
+
+@_operator_backward.register_fake
+def _(grad: torch.Tensor, height: int, width: int, first: int, stop: int) -> torch.Tensor:
+    return grad.new_empty((*grad.shape[:2], height, width))
+
+
+def _keep_size(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    images, *ctx.levels = inputs
+    ctx.size = images.shape[-2:]
+
+
+def _to_images(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    return _operator_backward(grad, *ctx.size, *ctx.levels), None, None
+
+
+_operator.register_autograd(_to_images, setup_context=_keep_size)
+
+
 def _stack(x: torch.Tensor, dim: int, levels: int) -> torch.Tensor:
     """Lines of x along `dim`, then averages of 2, 4, ... of them, zeros behind each."""
     gap = torch.zeros_like(x.narrow(dim, 0, 1)).repeat_interleave(_GAP, dim)
@@ -105,7 +142,10 @@ def sized_windows(
         side = _padded(length, levels) / 2 ** levels.start  # of the finest copy
         lines.append(torch.cat(
             [_line(edge, level[..., axis, None], side, levels.start) for level in (fine, coarse)], dim=-1))
-    samples = _SymmetricLattice.apply(build_pyramid(images, levels), *lines)  # B C N 2k 2k
+    # Inductor loses itself in copies of copies whose sides it does not know; to it they are one operator.
+    compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    pyramid = _operator(images, levels.start, levels.stop) if compiled else build_pyramid(images, levels)
+    samples = _SymmetricLattice.apply(pyramid, *lines)  # B C N 2k 2k
     return torch.einsum('bcnuivj,bnuv->bcnij', samples.view(B, C, N, 2, window, 2, window), _corner_weights(share))
 
 
