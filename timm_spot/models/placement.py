@@ -50,7 +50,7 @@ def _carry_out(plan: _Plan) -> torch.Tensor:
         generator = torch.Generator().manual_seed(plan.seed)
         return sample_placement(
             plan.sampler, plan.n_tokens, plan.image_size, generator=generator, window=plan.window,
-            coverage=plan.coverage, n_coarse=plan.n_coarse).to(plan.device)
+            coverage=plan.coverage, n_coarse=plan.n_coarse).contiguous().to(plan.device)
 
     # A thread of its own knows nothing of the caller's inference mode, default device or the fake tensors of
     # torch.export, any of which would make the kept placement unusable for the next caller.

@@ -59,10 +59,8 @@ def keep_fresh(state_dict: StateDict, model: nn.Module, fresh: Sequence[str]) ->
     """Fill a state dict up with the model's own tensors under any of the prefixes `fresh` that it has nothing of."""
     fresh = (*fresh, 'patch_embed.size_proj.')  # they start at 0
     missing = tuple(prefix for prefix in fresh if not any(key.startswith(prefix) for key in state_dict))
-    if not missing:
-        return state_dict
     own = {key: value for key, value in model.state_dict().items() if key.startswith(missing)}
-    return {**state_dict, **own}
+    return {**state_dict, **own} if own else state_dict
 
 
 def _to_native(state_dict: StateDict, model: nn.Module) -> StateDict:

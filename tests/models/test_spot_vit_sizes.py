@@ -170,9 +170,9 @@ def test_one_convention_has_sizes():
     model, images = create(convention='spot', n_tokens=4), torch.randn(1, 3, 64, 64)
     with pytest.raises(ValueError, match=r"positions of shape \(1, 4, 4\) hold spacings, under convention='spot'"):
         model(images, sized(1, 4))
-    with pytest.raises(ValueError, match="at coverage=1.0 asks for sizes, under convention='spot' windows have one"):
+    with pytest.raises(ValueError, match=r"at coverage=1\.0 asks for sizes, under convention='spot' windows have one"):
         create(convention='spot', n_tokens=4, coverage=1.)
-    with pytest.raises(ValueError, match="sampler='coarse.center' at coverage=0.0 asks for sizes"):
+    with pytest.raises(ValueError, match=r"sampler='coarse\+center' at coverage=0\.0 asks for sizes"):
         model.set_placement(sampler='coarse+center')
 
 
