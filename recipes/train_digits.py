@@ -7,6 +7,8 @@ independent ('uniform'), in the others they avoid each other ('sobol'). The budg
 so that small budgets are as common as large ones). Muon, as timm has it, gets off the long plateau at the start an
 order of magnitude sooner than AdamW.
 Writes the weights in half precision and a model card with the accuracy on digits never seen in training.
+
+With `--sizes` every second pair of batches has a coverage between 0 and 1, and the card has a table at coverage 1 too.
 """
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Sequence
 
 import click
 import timm
@@ -28,6 +30,7 @@ from timm.utils import ModelEmaV3
 import timm_spot
 from timm_spot.models.subpixel_embed import patch_sigma
 from timm_spot.ops import fit_position_weights
+from timm_spot.ops.placements import sample_placement
 from timm_spot.tasks.pictures.digits import CANVAS, draw_canvases, load_digits, to_input
 
 NAME = 'spot_vit_pico_patch8_64'
@@ -45,6 +48,7 @@ def sine_table(dim: int, side: int) -> torch.Tensor:
     return torch.cat([axis[None].expand(side, -1, -1), axis[:, None].expand(-1, side, -1)], dim=2)
 
 
+@torch.no_grad()
 def start_from_sines(embed: torch.nn.Module, side: int = 14, scale: float = 0.5) -> None:
     """Let the position columns begin as those of a sine-cosine position table: near positions look alike at once."""
     table = sine_table(embed.pos_proj.out_features, side)
@@ -52,28 +56,39 @@ def start_from_sines(embed: torch.nn.Module, side: int = 14, scale: float = 0.5)
     embed.pos_proj.weight.copy_(scale * fit_position_weights(table, embed.pos_nodes, sigma))
 
 
-def place(placement: str, n_tokens: int, batch_size: int, generator: torch.Generator) -> torch.Tensor:
-    """Placements (B, N, 2); 'random patches' are n of the 64 patches of the grid, as when a ViT drops patches."""
+def place(
+        placement: str,
+        n_tokens: int,
+        batch_size: int,
+        generator: torch.Generator,
+        coverage: float = 0.,
+) -> torch.Tensor:
+    """Placements (B, N, 2 or 4); 'random patches' are n of the 64 patches of the grid, as when a ViT drops patches."""
     if placement != 'random patches':
-        return timm_spot.sample_positions(placement, n_tokens, (CANVAS, CANVAS), batch_size, generator=generator)
+        return sample_placement(
+            placement, n_tokens, (CANVAS, CANVAS), batch_size, generator=generator, window=8, coverage=coverage)
     grid = timm_spot.sample_positions('grid', 64, (CANVAS, CANVAS), batch_size, window=8)
     chosen = torch.rand(batch_size, 64, generator=generator).argsort(dim=1)[:, :n_tokens]
     return grid.gather(1, chosen[..., None].expand(-1, -1, 2))
 
 
 @torch.inference_mode()
-def evaluate(model: torch.nn.Module) -> Dict[str, List[float]]:
+def evaluate(
+        model: torch.nn.Module,
+        placements: Sequence[str] = PLACEMENTS,
+        coverage: float = 0.,
+) -> Dict[str, List[float]]:
     """Accuracy in percent on canvases of held-out digits, for each placement at each budget."""
     digits, labels = load_digits('held_out')
     generator = torch.Generator().manual_seed(1)
     canvases = [to_input(draw_canvases(digits, generator), model) for _ in range(CANVASES_PER_DIGIT)]
     table = {}
-    for placement in PLACEMENTS:
+    for placement in placements:
         table[placement] = []
         for n_tokens in BUDGETS:
             correct = 0
             for images in canvases:
-                positions = place(placement, n_tokens, len(images), generator)
+                positions = place(placement, n_tokens, len(images), generator, coverage)
                 correct += (model(images, positions).argmax(dim=1) == labels).sum().item()
             table[placement].append(100 * correct / (len(labels) * CANVASES_PER_DIGIT))
     return table
@@ -117,11 +132,12 @@ def write(model: torch.nn.Module, out: Path, table: Dict[str, List[float]], comm
 @click.option('--lr', default=4e-3, show_default=True)
 @click.option('--weight-decay', default=0.05, show_default=True)
 @click.option('--seed', default=0, show_default=True)
-def main(out: Path, steps: int, batch_size: int, lr: float, weight_decay: float, seed: int) -> None:
+@click.option('--sizes', is_flag=True, help='Windows of many sizes in half of the batches.')
+def main(out: Path, steps: int, batch_size: int, lr: float, weight_decay: float, seed: int, sizes: bool) -> None:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     digits, labels = load_digits('train')
-    model = timm.create_model(NAME, drop_path_rate=0.05, weight_init='jax')
+    model = timm.create_model(NAME, drop_path_rate=0.05, weight_init='jax', size_embed=sizes)
     start_from_sines(model.patch_embed)
     # In bfloat16, timm's default, the orthogonalisation takes three times as long on a CPU without AMX.
     muon.zeropower_via_newtonschulz = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
@@ -138,7 +154,8 @@ def main(out: Path, steps: int, batch_size: int, lr: float, weight_decay: float,
         chosen = torch.randint(len(labels), (batch_size,), generator=generator)
         n_tokens = int(9 * (65 / 9) ** torch.rand((), generator=generator).item())
         sampler = ('uniform', 'sobol')[step % 2]
-        positions = timm_spot.sample_positions(sampler, n_tokens, (CANVAS, CANVAS), batch_size, generator=generator)
+        coverage = torch.rand((), generator=generator).item() if sizes and step % 4 >= 2 else 0.
+        positions = place(sampler, n_tokens, batch_size, generator, coverage)
         logits = model(to_input(canvases[chosen], model), positions)
         loss = F.cross_entropy(logits, labels[chosen], label_smoothing=0.1)
         optimizer.zero_grad()
@@ -155,8 +172,11 @@ def main(out: Path, steps: int, batch_size: int, lr: float, weight_decay: float,
     shipped = ema.module.eval()
     shipped.load_state_dict({k: v.half().float() for k, v in shipped.state_dict().items()})
     table = evaluate(shipped)
+    if sizes:
+        covering = evaluate(shipped, ('uniform', 'isotropic', 'center'), coverage=1.)
+        table |= {f'{placement}, coverage 1': row for placement, row in covering.items()}
     command = f'python recipes/train_digits.py --out {out} --steps {steps} --batch-size {batch_size} --lr {lr}'
-    command += f' --weight-decay {weight_decay} --seed {seed}'
+    command += f' --weight-decay {weight_decay} --seed {seed}' + sizes * ' --sizes'
     write(shipped, out, table, command, (time.time() - begin) / 60)
     click.echo(format_table(table))
 

@@ -1,0 +1,102 @@
+"""Recipes that make data and tables, run on a few pictures."""
+from __future__ import annotations
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+RECIPES = Path(__file__).parent.parent / 'recipes'
+
+
+def recipe(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f'recipe_{name}', RECIPES / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def objects(tmp_path):
+    """Red pictures of 30 x 20 px in two classes, grey streets."""
+    for name in ('a/1.png', 'a/2.png', 'b/1.jpg'):
+        (tmp_path / 'objects' / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (30, 20), (255, 0, 0)).save(tmp_path / 'objects' / name)
+    (tmp_path / 'streets').mkdir()
+    for i in range(3):
+        Image.new('RGB', (120, 90), (100 + i, 100, 100)).save(tmp_path / 'streets' / f'{i}.png')
+    return tmp_path
+
+
+def make_scenes(folder: Path, out: str, *options: str) -> list[dict[str, str]]:
+    arguments = [str(folder / 'objects'), str(folder / 'streets'), str(folder / out), '--size', '60', *options]
+    result = CliRunner().invoke(recipe('scenes').main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    with open(folder / out / 'places.csv', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+def test_scenes_have_the_object_at_the_place_that_is_written(objects):
+    places = make_scenes(objects, 'out')
+    assert [p['file'] for p in places] == ['a/1.png.jpg', 'a/2.png.jpg', 'b/1.jpg']
+    assert len({(p['y'], p['x']) for p in places}) == 3
+    for place in places:
+        scene = np.asarray(Image.open(objects / 'out' / place['file'])).astype(int)
+        y, x, h, w = (round(60 * float(place[key])) for key in 'yxhw')
+        assert scene.shape == (60, 60, 3) and (h, w) == (13, 20)
+        assert scene[y, x, 0] > 240 and scene[y, x, 1] < 20
+        red = scene[..., 0] - scene[..., 1] > 60
+        assert 0.6 * h * w < red.sum() < h * w
+
+
+def test_a_scene_depends_on_its_name_and_the_seed_alone(objects):
+    first = {p['file']: p for p in make_scenes(objects, 'first')}
+    Image.new('RGB', (30, 20)).save(objects / 'objects' / 'a' / '0.png')  # shifts the others in the list
+    again = {p['file']: p for p in make_scenes(objects, 'again')}
+    assert all(again[file] == place for file, place in first.items())
+    assert (objects / 'first/a/1.png.jpg').read_bytes() == (objects / 'again/a/1.png.jpg').read_bytes()
+    other = {p['file']: p for p in make_scenes(objects, 'other', '--seed', '1')}
+    assert all(other[file] != place for file, place in first.items())
+
+
+def test_a_folder_without_pictures_is_named(objects):
+    (objects / 'empty').mkdir()
+    result = CliRunner().invoke(
+        recipe('scenes').main, [str(objects / 'empty'), str(objects / 'streets'), str(objects / 'out')])
+    assert result.exit_code == 1 and 'empty holds no pictures' in result.output
+
+
+def test_table_of_photographs_pairs_by_picture(tmp_path):
+    """Two of four right against one of four: the difference is that of each picture, its error too."""
+    photographs = recipe('photographs')
+    (tmp_path / 'right').mkdir()
+    for name, placement, answers in (
+            ('low-res 25', '', [1, 0, 0, 0]),
+            ('covering', 'isotropic, 1', [1, 1, 0, 0]),
+            ('fine', 'center, 0', [0] * 4)):
+        np.save(tmp_path / 'right' / f'{name}; {placement}; 25; 0.npy', np.array(answers, dtype=bool))
+    rows = {row['training']: row for row in photographs.table(tmp_path)}
+    assert (rows['covering']['top1'], rows['covering']['gap']) == (50., 25.)
+    assert rows['covering']['gap_se'] == 25.  # of 0, 100, 0, 0: deviation 50, over the root of 4
+    assert rows['fine']['gap'] == -25. and 'gap' not in rows['low-res 25']
+    text = photographs.markdown(list(rows.values()))
+    assert '| covering | isotropic, 1 |  | 50.0 ± 28.9 (+25.0 ± 25.0) |' in text
+    assert '| low-res |  |  | 25.0 ± 25.0 |' in text
+
+
+def test_train_digits_places_with_sizes():
+    digits = recipe('train_digits')
+    generator = torch.Generator().manual_seed(0)
+    assert digits.place('uniform', 9, 2, generator).shape == (2, 9, 2)
+    assert digits.place('sobol', 9, 2, generator, coverage=0.5).shape == (2, 9, 4)
+    embed = digits.timm.create_model(digits.NAME, depth=1).patch_embed
+    digits.start_from_sines(embed)
+    assert embed.pos_proj.weight.abs().mean() > 0.05
