@@ -20,12 +20,13 @@ import torch
 from PIL import Image
 
 import timm_spot
-from timm_spot.ops import spectral_residual
+from timm_spot.ops import energy, spectral_residual
 from timm_spot.tasks.pictures.digits import draw_canvases, load_digits, to_input
 
 PHOTO = Path(__file__).parent.parent / 'examples' / 'photos' / 'cowbike.jpg'
 BUDGETS = (9, 16, 25, 49)
-PRIORS = ('isotropic', 'salient', 'salient_sobol', 'salient_inverse')
+PRIORS = ('isotropic', 'salient', 'salient_sobol', 'salient_inverse', 'salient_lattice')
+ROWS = [*((prior, spectral_residual) for prior in PRIORS), ('salient_sobol', energy), ('salient_lattice', energy)]
 CANVASES_PER_DIGIT = 10
 
 
@@ -55,7 +56,7 @@ def measure_accuracy() -> str:
     generator = torch.Generator().manual_seed(1)
     canvases = [draw_canvases(digits, generator) for _ in range(CANVASES_PER_DIGIT)]
     lines = ['| prior | ' + ' | '.join(f'{n} tokens' for n in BUDGETS) + ' |', '|---' * (len(BUDGETS) + 1) + '|']
-    for prior in PRIORS:
+    for prior, saliency in ROWS:
         row = []
         for n_tokens in BUDGETS:
             generator = torch.Generator().manual_seed(0)
@@ -63,10 +64,10 @@ def measure_accuracy() -> str:
             for batch in canvases:
                 images = to_input(batch, model)
                 positions = timm_spot.sample_positions(
-                    prior, n_tokens, (64, 64), len(images), saliency=spectral_residual(images), generator=generator)
+                    prior, n_tokens, (64, 64), len(images), saliency=saliency(images), generator=generator)
                 correct += (model(images, positions).argmax(dim=1) == labels).sum().item()
             row.append(f'{100 * correct / (len(labels) * CANVASES_PER_DIGIT):.1f}')
-        lines.append(f"| {prior} | {' | '.join(row)} |")
+        lines.append(f"| {prior}{' on energy' * (saliency is energy)} | {' | '.join(row)} |")
     return '\n'.join(lines)
 
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ops.saliency import spectral_residual
+from ..ops.saliency import energy, spectral_residual
 from ..ops.samplers import check_budgets, check_seed, get_sampler, split_sampler
 from ..ops.sizes import check_coverage, check_n_coarse
 
 Saliency = str | torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
-SALIENCY_NAMES = {'spectral_residual': spectral_residual}  # a saved model can keep a name, not a function
+# A saved model can keep a name, not a function.
+SALIENCY_NAMES = {'spectral_residual': spectral_residual, 'energy': energy}
 ImageSize = tuple[int, int]
 
 
@@ -34,8 +35,8 @@ class Prior:
         n_tokens: Budget; None for the count of whole patches in each image, (low, high) for one drawn for each
             training batch, log-uniformly: small budgets are as common as large ones.
         seed: Of the placement that a model in eval mode gives every image, and of the random budgets.
-        saliency: 'spectral_residual', a function from images to maps, or a map (H, W) or (B, H, W), for samplers that
-            need one.
+        saliency: 'spectral_residual', 'energy', a function from images to maps, or a map (H, W) or (B, H, W), for
+            samplers that need one.
         window: Side of a window in pixels.
         coverage: How much of its cell a window covers, from 0 (one pixel a sample) to 1 (windows tile the picture), see
             `timm_spot.ops.sizes`; (low, high) draws one for each training batch, evenly.
@@ -70,12 +71,12 @@ class Prior:
             raise ValueError(f"saliency={saliency!r} is unknown, the names are {', '.join(SALIENCY_NAMES)}.")
         if not (saliency is None or callable(saliency) or isinstance(saliency, (str, torch.Tensor))):
             raise TypeError(
-                "saliency must be 'spectral_residual', a function from images to maps or a map of shape (B, H, W), "
-                f'got {saliency!r}.')
+                "saliency must be 'spectral_residual', 'energy', a function from images to maps or a map of shape "
+                f'(B, H, W), got {saliency!r}.')
         if self.needs_saliency and saliency is None:
             raise ValueError(
-                f"sampler={self.sampler!r} needs a saliency map: pass saliency='spectral_residual', a function from "
-                'images to maps, or a map of shape (B, H, W).')
+                f"sampler={self.sampler!r} needs a saliency map: pass saliency='spectral_residual' or 'energy', a "
+                'function from images to maps, or a map of shape (B, H, W).')
 
     @property
     def needs_saliency(self) -> bool:

@@ -46,8 +46,8 @@ class SubpixelVisionTransformer(VisionTransformer):
                 draws one for each training batch, the same in all processes; small budgets are as common as large ones.
             sampler: Spatial prior, 'isotropic' by default, see `timm_spot.list_samplers`.
             seed: Of the placement given to every image in eval mode, and of the random budgets.
-            saliency: 'spectral_residual', a function from images to maps, or a map (H, W) or (B, H, W), for samplers
-                that need one.
+            saliency: 'spectral_residual', 'energy', a function from images to maps, or a map (H, W) or (B, H, W), for
+                samplers that need one.
             eval_n_tokens: Budget in eval mode where it differs from training; by default the largest.
             eval_sampler: Prior in eval mode where it differs from training.
             coverage: How much of its cell a window covers, from 0 (the default: one pixel a sample) to 1 (windows tile

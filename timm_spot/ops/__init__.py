@@ -6,6 +6,7 @@ from .placements import sample_positions as sample_positions
 from .position_feature import fit_position_weights as fit_position_weights
 from .position_feature import position_feature as position_feature
 from .regions.features import fit_histogram_weights as fit_histogram_weights
+from .saliency import energy as energy
 from .saliency import normalize_saliency as normalize_saliency
 from .saliency import spectral_residual as spectral_residual
 from .samplers import lattice_shape as lattice_shape

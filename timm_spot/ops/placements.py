@@ -40,7 +40,7 @@ def sample_positions(
         generator: Source of randomness, torch's global generator by default.
         window: Side of a window in pixels; only `grid` looks at it.
         **options: Keywords of the sampler's own: `spread=True` and `inverse=True` for `salient`, which `salient_sobol`
-            and `salient_inverse` set by name.
+            and `salient_inverse` set by name; `power=` and `floor=` for `salient_lattice`.
 
     Returns:
         Positions (y, x) in [0, 1], float32, of shape (batch_size, n_tokens, 2), on the CPU

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .density import place_by_density, shape_density
 from .lattices import center, grid, grid_center, grid_uniform, isotropic
 from .lattices import lattice_shape as lattice_shape
 from .seeds import check_seed as check_seed
@@ -235,6 +236,40 @@ def salient_inverse(
 ) -> torch.Tensor:
     """Independent draws from the background of a saliency map, for control experiments."""
     return salient(n_tokens, batch_size, saliency, generator, inverse=True)
+
+
+@register_sampler('salient_lattice')
+def salient_lattice(
+        n_tokens: int,
+        image_size: tuple[int, int],
+        batch_size: int,
+        saliency: torch.Tensor,
+        power: float = 1.,
+        floor: float = 0.02,
+) -> torch.Tensor:
+    """The isotropic lattice carried to a saliency map by its inverse distribution function: nothing is drawn.
+
+    Args:
+        n_tokens: Tokens of each image.
+        image_size: (H, W) in pixels.
+        batch_size: Number of placements; with 1 as many as there are maps.
+        saliency: (B, H, W), non-negative, no map zero everywhere.
+        power: To which the map is raised: above 1 tokens crowd where it is large, below 1 they spread.
+        floor: Share of the density that is spread evenly, in [0, 1]; 1 leaves the lattice as it is.
+
+    Returns:
+        Positions and cells, (batch_size or B, n_tokens, 4); with coverage 1 the windows of whole rows tile the picture.
+
+    Raises:
+        ValueError: A power that is not positive, a floor outside of [0, 1].
+    """
+    if not 0. < power < math.inf:
+        raise ValueError(f'power={power!r} must be positive.')
+    if not 0. <= floor <= 1.:
+        raise ValueError(f'floor={floor!r} must lie in [0, 1].')
+    lattice = isotropic(n_tokens, image_size)
+    placed = place_by_density(lattice, shape_density(saliency.double(), power, floor))
+    return placed.expand(max(batch_size, placed.shape[0]), -1, -1)
 
 
 def _invert(weights: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ from drawing import place, read_photo, render, spirals
 from PIL import Image
 
 import timm_spot
+from timm_spot.ops import energy
 
 pytestmark = pytest.mark.usefixtures('default_style')
 
@@ -132,9 +133,10 @@ def test_every_prior_of_an_image_is_drawn_as_it_is_sampled():
     panels = {ax.get_title(): ax for ax in axes.flat}
     assert list(panels) == [
         'uniform', 'gaussian', 'sobol', 'isotropic', 'center', 'grid', 'salient', 'salient_sobol', 'salient_inverse',
-        'spectral residual']
+        'salient_lattice', 'spectral residual', 'energy']
     maps = timm_spot.spectral_residual(image[None])
     np.testing.assert_allclose(panels.pop('spectral residual').images[0].get_array(), maps[0])
+    np.testing.assert_allclose(panels.pop('energy').images[0].get_array(), energy(image[None])[0])
     for name, ax in panels.items():
         positions = timm_spot.sample_positions(
             name, 7, (48, 96), saliency=maps, generator=torch.Generator().manual_seed(0), window=8)

@@ -16,7 +16,7 @@ from timm.data import create_transform
 
 from timm_spot.models.attention_saliency import attention_saliency
 from timm_spot.models.placement import Placer
-from timm_spot.ops import spectral_residual
+from timm_spot.ops import energy, spectral_residual
 from timm_spot.tasks.pictures.images import model_transform
 from timm_spot.tasks.pictures.saliency_maps import choose_prior, load_saliency, saliency_source
 from timm_spot.tasks.search.draws import draw_placements
@@ -33,8 +33,10 @@ def squares(height: int = 64, width: int = 64) -> torch.Tensor:
     return saliency
 
 
-def test_a_model_places_its_tokens_by_saliency():
-    model = timm.create_model(PICO, n_tokens=25, sampler='salient', saliency='spectral_residual').eval()
+@pytest.mark.parametrize('saliency', ['spectral_residual', 'energy'])
+@pytest.mark.parametrize('sampler', ['salient', 'salient_lattice'])
+def test_a_model_places_its_tokens_by_saliency(sampler, saliency):
+    model = timm.create_model(PICO, n_tokens=25, sampler=sampler, saliency=saliency).eval()
     images = torch.zeros(2, 3, 64, 64)
     images[0, :, 8:16, 8:16] = 1.
     images[1, :, 40:48, 44:52] = 1.
@@ -221,6 +223,7 @@ def test_sources_of_the_command_line(photos, tmp_path):
     transform = create_transform((3, 64, 64), crop_pct=1., mean=(.5, .5, .5), std=(.5, .5, .5))
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(saliency_source('spectral', model, transform)(images, photos), spectral_residual(images))
+    assert torch.equal(saliency_source('energy', model, transform)(images, photos), energy(images))
 
     maps = photos[0].parent.parent / 'maps'
     assert torch.equal(
@@ -233,7 +236,7 @@ def test_sources_of_the_command_line(photos, tmp_path):
     expected = attention_saliency(vit, (images * cfg['std'][0] + cfg['mean'][0] - 0.5) / 0.5)
     torch.testing.assert_close(attend(images, photos), expected, rtol=1e-3, atol=1e-7)
 
-    with pytest.raises(FileNotFoundError, match="'spectral', 'attention:NAME', a folder"):
+    with pytest.raises(FileNotFoundError, match="'spectral', 'energy', 'attention:NAME', a folder"):
         saliency_source('spectrum', model, transform)
 
 

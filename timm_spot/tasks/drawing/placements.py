@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ...ops.placements import sample_positions
-from ...ops.saliency import spectral_residual
+from ...ops.saliency import energy, spectral_residual
 from ...ops.windows import sample_windows, split_placement
 from .figure import (
     BLANK,
@@ -115,8 +115,8 @@ def draw_priors(image: Picture | None = None, n_tokens: int = 25, window: int = 
     """Draw the spatial priors side by side, each with its placement for seed 0.
 
     Args:
-        image: See `draw_placement`. With one, its spectral residual and the salient priors are drawn as well; by
-            default a blank square of 224 pixels.
+        image: See `draw_placement`. With one, its spectral residual and the salient priors on it are drawn as well,
+            and its energy; by default a blank square of 224 pixels.
         n_tokens: Budget.
         window: Side of a window in pixels.
 
@@ -128,14 +128,16 @@ def draw_priors(image: Picture | None = None, n_tokens: int = 25, window: int = 
         ValueError: A budget that the patch grid of the image cannot serve.
     """
     names = ['uniform', 'gaussian', 'sobol', 'isotropic', 'center', 'grid']
-    saliency = None
+    saliency, maps = None, {}
     if image is None:
         picture = np.full((224, 224, 4), BLANK)
     else:
         picture = to_picture(image)
-        saliency = spectral_residual(torch.from_numpy(picture).permute(2, 0, 1)[None])
-        names += ['salient', 'salient_sobol', 'salient_inverse']
-    panels = len(names) + (saliency is not None)
+        pixels = torch.from_numpy(picture).permute(2, 0, 1)[None]
+        saliency = spectral_residual(pixels)
+        names += ['salient', 'salient_sobol', 'salient_inverse', 'salient_lattice']
+        maps = {'spectral residual': saliency, 'energy': energy(pixels)}
+    panels = len(names) + len(maps)
     width, height = (0.6 * side for side in figure_size(picture))
     width = max(width, 1.3)  # room for the longest title
     columns = panels // 2 if width < 2 * height else 2
@@ -148,9 +150,8 @@ def draw_priors(image: Picture | None = None, n_tokens: int = 25, window: int = 
         show(ax, picture)
         add_windows(ax, *rectangles(positions, window, picture, 'patch'))
         ax.set_title(name, color=GREY, fontsize='medium')
-    if saliency is not None:
-        ax = axes.flat[-1]
-        ax.imshow(saliency[0].numpy(), cmap='cividis')
+    for ax, (name, one) in zip(axes.flat[len(names):], maps.items()):
+        ax.imshow(one[0].numpy(), cmap='cividis')
         hide_frame(ax)
-        ax.set_title('spectral residual', color=GREY, fontsize='medium')
+        ax.set_title(name, color=GREY, fontsize='medium')
     return axes

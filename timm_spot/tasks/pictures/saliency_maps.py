@@ -15,12 +15,13 @@ from torchvision.transforms import Grayscale
 from ...models.attention_saliency import attention_saliency
 from ...models.loading import create_checked
 from ...models.placement import SampledPlacer
-from ...ops.saliency import normalize_saliency, spectral_residual
+from ...ops.saliency import energy, normalize_saliency, spectral_residual
 from ...ops.samplers import get_sampler
 from .files import open_regular, printable
 from .images import model_normalization, picture_size, read_grey
 
 SaliencySource = Callable[[torch.Tensor, Sequence[str | Path]], torch.Tensor]
+WITHOUT_WEIGHTS = {'spectral': spectral_residual, 'energy': energy}
 _SUFFIXES = ('.npy', '.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 
 
@@ -120,15 +121,15 @@ def saliency_source(source: str, model: nn.Module, transform: Callable[[Image.Im
     """What `--saliency` names, as a function from a batch and the files it came from to maps (B, H, W).
 
     Args:
-        source: 'spectral', 'attention:NAME' (a timm ViT with its pretrained weights) or a folder of maps.
+        source: 'spectral', 'energy', 'attention:NAME' (a timm ViT with its pretrained weights) or a folder of maps.
         model: The model for which the images are normalised.
         transform: The transform of the images, for a folder.
 
     Raises:
         FileNotFoundError: `source` is none of these.
     """
-    if source == 'spectral':
-        return lambda images, paths: spectral_residual(images)
+    if source in WITHOUT_WEIGHTS:
+        return lambda images, paths: WITHOUT_WEIGHTS[source](images)
     kind, _, name = source.partition(':')
     if kind == 'attention':
         vit = create_checked(name, pretrained=True).eval()
@@ -142,7 +143,8 @@ def saliency_source(source: str, model: nn.Module, transform: Callable[[Image.Im
 
         return attend
     if not Path(source).is_dir():
-        raise FileNotFoundError(f"saliency={source!r} is none of: 'spectral', 'attention:NAME', a folder of maps.")
+        raise FileNotFoundError(
+            f"saliency={source!r} is none of: 'spectral', 'energy', 'attention:NAME', a folder of maps.")
     return lambda images, paths: load_saliency(source, paths, transform)
 
 
