@@ -75,8 +75,8 @@ def test_energy_follows_the_formula():
         return out
 
     expected = blur(((image - blur(image, 6.)) ** 2).mean(axis=0), 2.5)
-    torch.testing.assert_close(
-        energy(torch.from_numpy(image)[None])[0], torch.from_numpy(expected / expected.sum()).float(), rtol=1e-4, atol=0)
+    saliency = energy(torch.from_numpy(image)[None])[0]
+    torch.testing.assert_close(saliency, torch.from_numpy(expected / expected.sum()).float(), rtol=1e-4, atol=0)
 
 
 def test_energy_sees_colours_that_grey_does_not():

@@ -12,7 +12,7 @@ import torch
 
 
 def shape_density(maps: torch.Tensor, power: float = 1., floor: float = 0.) -> torch.Tensor:
-    """Non-negative maps (B, h, w) as densities that sum to one each: raised to a power, and a share of it spread evenly.
+    """Non-negative maps as densities that sum to one each: raised to a power, and a share spread evenly.
 
     Args:
         maps: (B, h, w), no map zero everywhere.
@@ -20,8 +20,9 @@ def shape_density(maps: torch.Tensor, power: float = 1., floor: float = 0.) -> t
         floor: Share in [0, 1] of the density that is spread evenly.
 
     Example:
-        >>> shape_density(torch.tensor([[[1., 2.], [0., 1.]]]), power=2., floor=0.4)[0].tolist()
-        [[0.20000000298023224, 0.5], [0.10000000149011612, 0.20000000298023224]]
+        >>> shape_density(torch.tensor([[[1., 2.], [0., 1.]]]), power=2., floor=0.4)
+        tensor([[[0.2000, 0.5000],
+                 [0.1000, 0.2000]]])
     """
     largest = maps.amax(dim=(1, 2), keepdim=True)  # divided out, a power cannot under- or overflow
     density = (maps / largest) ** power
@@ -66,7 +67,7 @@ def _invert(
         share: torch.Tensor,
         extent: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Where a share (N,) of the weights (B, 1 or N, L) of equal bins lies below, (B, N); how far `extent` of it goes."""
+    """Where shares (N,) of the weights (B, 1 or N, L) of equal bins lie, (B, N), and how far `extent` (N,) reaches."""
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[..., -1:]
     before = cumulative - weights
