@@ -100,6 +100,8 @@ def test_base_model_is_one_of_timm_s():
 @pytest.mark.parametrize('keywords, says', [
     (dict(mask_ratio=1.), r'mask_ratio=1.0 must lie between 0 and 1'),
     (dict(encoder='spot_vit_tiny_patch16_in21k'), "pools 'token'"),
+    (dict(coverage=1.), "sampler='uniform' at coverage=1.0 asks for sizes: the decoder reconstructs windows of single"),
+    (dict(sampler='coarse+uniform'), r"sampler='coarse\+uniform' at coverage=0.0 asks for sizes"),
 ])
 def test_unsuitable_models(keywords, says):
     with pytest.raises(ValueError, match=says):
@@ -132,3 +134,12 @@ def test_picture():
     with pytest.raises(ValueError, match='has other channels'):
         timm_spot.draw_reconstruction(image[:, :1], result)
     plt.close('all')
+
+
+def test_sizes_are_refused_and_not_dropped():
+    model, images = create(), torch.randn(1, 3, 64, 64)
+    with pytest.raises(ValueError, match=r'positions of shape \(1, 8, 4\) must be \(y, x\) alone: the decoder'):
+        model(images, torch.rand(1, 8, 4))
+    model.encoder.set_placement(coverage=1.)
+    with pytest.raises(ValueError, match='at coverage=1.0 asks for sizes'):
+        model(images)

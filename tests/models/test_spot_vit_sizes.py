@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.models import create_feature_extractor
 
 import timm_spot
 from timm_spot.ops.placements import sample_placement
@@ -102,6 +103,84 @@ def test_settings_are_changed_saved_and_restored(tmp_path):
     assert copy.deepcopy(other).placer.coverage() == 1.
 
 
+@pytest.mark.parametrize('keywords, told', [
+    ({}, False),
+    (dict(coverage=0.), True),
+    (dict(eval_coverage=0.5), True),
+    (dict(sampler='coarse+center'), True),
+    (dict(eval_sampler='coarse+center'), True),
+    (dict(sampler='coarse+center', size_embed=False), False),
+    (dict(size_embed=True), True),
+])
+def test_tokens_are_told_their_size_where_the_settings_give_them_one(keywords, told):
+    assert (create(**keywords).patch_embed.size_proj is not None) == told
+
+
+@pytest.mark.parametrize('keywords, changes', [
+    (dict(coverage=1.), dict(coverage=None)),
+    (dict(coverage=1.), dict(n_tokens=4)),
+    (dict(sampler='coarse+center'), dict(sampler='isotropic')),
+    ({}, dict(coverage=0.5, sampler='coarse+center', n_coarse=2)),
+    ({}, dict(eval_coverage=1.)),
+])
+def test_a_model_whose_sizes_were_changed_is_saved_with_its_weights(tmp_path, keywords, changes):
+    model = create(n_tokens=9, **keywords)
+    if keywords:
+        torch.nn.init.normal_(model.patch_embed.size_proj.weight)
+    model.set_placement(**changes)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert set(again.state_dict()) == set(model.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(again.place(images), model.place(images)) and torch.equal(again(images), model(images))
+
+
+def test_a_retrofitted_model_is_saved_with_its_sizes(tmp_path):
+    settings = dict(n_tokens=9, sampler='coarse+center', n_coarse=4, coverage=(0., 1.), eval_coverage=0.5)
+    model = timm_spot.retrofit('vit_tiny_patch16_224', img_size=64, embed_dim=32, depth=1, num_heads=2, **settings)
+    torch.nn.init.normal_(model.eval().patch_embed.size_proj.weight)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    images = torch.randn(2, 3, 64, 64)
+    assert again.placer.train_prior == model.placer.train_prior and torch.equal(again(images), model(images))
+
+
+def test_copies_and_pickles_are_whole():
+    model, images = create(n_tokens=9, sampler='center', coverage=0.7), torch.randn(2, 3, 64, 64)
+    torch.nn.init.normal_(model.patch_embed.size_proj.weight)
+    expected = model(images)  # with a placement that is kept
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert torch.equal(other.place(images), model.place(images)) and torch.equal(other(images), expected)
+    changed = copy.deepcopy(model)
+    changed.set_placement(coverage=0.2)
+    assert not torch.equal(changed.place(images), model.place(images)) and torch.equal(model(images), expected)
+
+
+def test_weights_with_size_columns_are_loaded_whatever_the_coverage(tmp_path):
+    model = create(n_tokens=9, coverage=1.)
+    torch.nn.init.normal_(model.patch_embed.size_proj.weight)
+    torch.save(model.state_dict(), tmp_path / 'weights.pth')
+    source = dict(**SMALL, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'weights.pth')))
+    plain = timm.create_model(PICO, n_tokens=9, **source).eval()
+    images = torch.randn(2, 3, 64, 64)
+    assert plain.place(images).shape == (2, 9, 2)
+    assert torch.equal(plain(images, model.place(images)), model(images))
+    with pytest.raises(ValueError, match=r'the model has no patch_embed\.size_proj\.weight; .* size_embed=True asks for'):
+        timm.create_model(PICO, n_tokens=9, size_embed=False, **source)
+
+
+def test_weights_without_size_columns_lack_nothing_else(tmp_path):
+    weights = create().state_dict()
+    del weights['patch_embed.pos_proj.weight'], weights['norm.weight' if 'norm.weight' in weights else 'fc_norm.weight']
+    torch.save(weights, tmp_path / 'weights.pth')
+    with pytest.raises(ValueError, match='lacks'):
+        timm.create_model(
+            PICO, **SMALL, coverage=1., pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'weights.pth')))
+
+
 def test_weights_without_size_columns_load_where_there_are_some(tmp_path):
     plain = create(n_tokens=9)
     timm.models.save_for_hf(plain, tmp_path, safe_serialization=True)
@@ -168,12 +247,22 @@ def test_coordinates_stay_in_float32_under_autocast_and_in_half_precision():
 
 def test_one_convention_has_sizes():
     model, images = create(convention='spot', n_tokens=4), torch.randn(1, 3, 64, 64)
-    with pytest.raises(ValueError, match=r"positions of shape \(1, 4, 4\) hold spacings, under convention='spot'"):
+    why = "but under convention='spot' windows have one size, which follows from that of the image"
+    with pytest.raises(ValueError, match=rf'positions of shape \(1, 4, 4\) hold spacings, {why}'):
         model(images, sized(1, 4))
-    with pytest.raises(ValueError, match=r"at coverage=1\.0 asks for sizes, under convention='spot' windows have one"):
-        create(convention='spot', n_tokens=4, coverage=1.)
-    with pytest.raises(ValueError, match=r"sampler='coarse\+center' at coverage=0\.0 asks for sizes"):
+    with pytest.raises(ValueError, match=rf'positions of shape \(4, 3\) hold spacings, {why}'):
+        model(images, sized(1, 4)[0, :, :3])
+    for keywords in (dict(coverage=1.), dict(coverage=(0., 0.5)), dict(eval_coverage=0.5)):
+        with pytest.raises(ValueError, match=f"sampler='isotropic' at coverage=.* asks for sizes, {why}"):
+            create(convention='spot', n_tokens=4, **keywords)
+        with pytest.raises(ValueError, match=f"sampler='isotropic' at coverage=.* asks for sizes, {why}"):
+            model.set_placement(**keywords)
+    with pytest.raises(ValueError, match=rf"sampler='coarse\+center' at coverage=0\.0 asks for sizes, {why}"):
         model.set_placement(sampler='coarse+center')
+    with pytest.raises(ValueError, match=f'size_embed=True tells tokens their size, {why}'):
+        create(convention='spot', size_embed=True)
+    assert create(convention='spot', n_tokens=4, coverage=0.).patch_embed.size_proj is None
+    assert model.place(images).shape == (1, 4, 2)
 
 
 @pytest.mark.parametrize('changes, error, says', [
@@ -191,6 +280,27 @@ def test_settings_that_are_none(changes, error, says):
     assert model.placer.coverage() == 0.
 
 
+@pytest.mark.filterwarnings('ignore:NOTE. The nodes obtained by tracing')  # in train mode logits are checked too
+def test_features_of_timm():
+    model, images = create(n_tokens=9, coverage=1.), torch.randn(2, 3, 64, 64)
+    torch.nn.init.normal_(model.patch_embed.size_proj.weight)
+    tokens = model.forward_intermediates(images, output_fmt='NLC', intermediates_only=True)
+    placed = model.forward_intermediates(
+        images, output_fmt='NLC', intermediates_only=True, positions=model.place(images))
+    assert all(torch.equal(a, b) for a, b in zip(tokens, placed, strict=True))
+    torch.manual_seed(0)
+    features = timm.create_model(PICO, **SMALL, features_only=True, n_tokens=9, coverage=1., out_indices=(0, 1)).eval()
+    features.model.load_state_dict(model.state_dict(), strict=False)
+    for taken, kept in zip(features(images), tokens, strict=True):
+        torch.testing.assert_close(taken.flatten(2).transpose(1, 2), kept)
+    traced = create_feature_extractor(model, {'blocks.0': 'first'})
+    torch.testing.assert_close(traced(images)['first'][:, model.num_prefix_tokens:], tokens[0])
+    model.reset_classifier(5)
+    assert model(images).shape == (2, 5)
+    model.set_input_size(img_size=96, patch_size=16)
+    assert model.place(torch.zeros(1, 3, 96, 96))[0, 0, 2:].tolist() == [2., 2.]
+
+
 def test_feature_maps_of_sized_lattices():
     model = create(n_tokens=9, coverage=1.)
     assert model.forward_intermediates(torch.randn(1, 3, 64, 64), intermediates_only=True)[0].shape == (1, 64, 3, 3)
@@ -199,7 +309,8 @@ def test_feature_maps_of_sized_lattices():
         mixed.forward_intermediates(torch.randn(1, 3, 64, 64))
 
 
-@pytest.mark.parametrize('backend, sizes', [('eager', ((64, 64), (48, 80))), ('inductor', ((64, 64),))])
+@pytest.mark.parametrize('backend, sizes', [
+    ('eager', ((64, 64), (48, 80))), ('inductor', ((64, 64), (48, 80)))])
 def test_compiled_models_change_size_and_placement(backend, sizes):
     torch._dynamo.reset()
     model = create(n_tokens=9, coverage=1., depth=1, embed_dim=32, num_heads=2)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from timm_spot import register_sampler, sample_positions
 from timm_spot.ops import samplers
@@ -123,3 +124,10 @@ def test_mixed_placements_of_nothing(name, says):
 def test_the_prefix_of_mixed_placements_is_no_name():
     with pytest.raises(ValueError, match="'coarse\\+' in front of a name"):
         register_sampler('coarse+mine')(lambda n_tokens: torch.rand(n_tokens, 2))
+
+
+@pytest.mark.parametrize('sampler', ['isotropic', 'center', 'coarse+center'])
+def test_a_placement_without_its_cells_is_saved_without_them(sampler, tmp_path):
+    positions = sample_positions(sampler, 9, (64, 64))
+    assert positions.is_contiguous() and positions.untyped_storage().nbytes() == positions.nbytes
+    save_file(dict(positions=positions), tmp_path / 'placement.safetensors')

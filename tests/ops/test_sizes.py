@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from timm_spot.ops.sizes import (
+    add_sizes,
     SIZE_NODES,
     cell_spacing,
     check_coverage,
@@ -100,3 +101,10 @@ def test_coarse_tokens_never_exceed_the_budget(n, asked):
 def test_counts_of_coarse_tokens_that_are_none(value, error):
     with pytest.raises(error, match='n_coarse'):
         check_n_coarse(value, 25)
+
+
+def test_sizes_by_the_distances_between_tokens():
+    positions = torch.tensor([[[0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]]])
+    assert add_sizes(positions, (64, 64), 8, 0.) is positions
+    torch.testing.assert_close(add_sizes(positions, (64, 64), 8, 1.)[..., 2:], torch.full((1, 4, 2), 4.))
+    assert torch.equal(add_sizes(positions, (64, 64), 8, 1.)[..., :2], positions)

@@ -24,6 +24,7 @@ from torch import nn
 
 from .checkpoint_file import StateDict, shorten
 from .download import CheckedSource, check_source, download, prefer_file
+from .subpixel_embed import SIZE_WEIGHT
 
 _SOURCE_FIELDS = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
 
@@ -109,6 +110,8 @@ def check_fit(
     faults = [
         f'{what} {shorten(names)}'
         for what, names in (('it lacks', missing), ('the model has no', unknown), ('shapes differ:', shapes)) if names]
+    if SIZE_WEIGHT in unknown:
+        faults.append('its tokens are told their size, which size_embed=True asks for')
     if dropped and any(k.startswith(head) for k in missing):
         faults.append(f"it is said to have num_classes={cfg.get('num_classes')}, the model has {model.num_classes}")
     if faults:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import torch
 
-from ..ops.sizes import cell_spacing, neighbour_cells
+from ..ops.sizes import add_sizes
 from ..ops.windows import check_images
 from .placement import Placer
 from .subpixel_embed import SubpixelEmbed
@@ -28,11 +28,7 @@ def place_images(placer: Placer, embed: SubpixelEmbed, images: torch.Tensor) -> 
     if not torch.compiler.is_compiling():
         _check_count(placer, placement, size)
     placement = placement.to(torch.promote_types(placement.dtype, torch.float32)).expand(images.shape[0], -1, -1)
-    coverage = placer.coverage()
-    if placement.shape[-1] > 2 or coverage == 0.:
-        return placement
-    return torch.cat(
-        [placement, cell_spacing(neighbour_cells(placement, size), size, embed.window, coverage)], dim=-1)
+    return placement if placement.shape[-1] > 2 else add_sizes(placement, size, embed.window, placer.coverage())
 
 
 def _check_count(placer: Placer, placement: torch.Tensor, image_size: tuple[int, int]) -> None:

@@ -25,6 +25,8 @@ from .spot_config import SpotPretrainedCfg
 
 __all__ = ['Reconstruction', 'SubpixelMAE']
 
+_SINGLE_PIXELS = 'the decoder reconstructs windows of single pixels, pretrain without coverage and add sizes afterwards.'
+
 
 class Reconstruction(NamedTuple):
     """What `SubpixelMAE` returns for B images of which M windows each were dropped.
@@ -57,7 +59,8 @@ class SubpixelMAE(nn.Module):
         **kwargs: Of the encoder. By default it places its tokens uniformly at random, as many as a patch grid has.
 
     Raises:
-        ValueError: `mask_ratio` leaves no token to see or none to reconstruct; the encoder pools no mean.
+        ValueError: `mask_ratio` leaves no token to see or none to reconstruct; the encoder pools no mean, or its tokens
+            have sizes.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class SubpixelMAE(nn.Module):
             raise ValueError(
                 f"encoder={encoder!r} pools {self.encoder.global_pool!r}: only the image tokens are trained here, "
                 'use a model that pools their mean.')
+        self._check_sizes()
         self.mask_ratio = mask_ratio
         embed = self.encoder.patch_embed
         self.decoder_embed = nn.Linear(self.encoder.embed_dim, decoder_dim, **dd)
@@ -118,9 +122,14 @@ class SubpixelMAE(nn.Module):
             positions: Placement (B, N, 2) of all windows instead of the sampler's.
 
         Raises:
-            ValueError: A budget so small that all tokens, or none, would be dropped.
+            ValueError: A budget so small that all tokens, or none, would be dropped; positions with sizes.
         """
-        positions = self.encoder.place(x) if positions is None else positions.expand(x.shape[0], -1, -1)
+        if positions is None:
+            self._check_sizes()
+            positions = self.encoder.place(x)
+        elif positions.shape[-1] != 2:
+            raise ValueError(f'positions of shape {tuple(positions.shape)} must be (y, x) alone: {_SINGLE_PIXELS}')
+        positions = positions.expand(x.shape[0], -1, -1)
         B, N, _ = positions.shape
         n_kept = int(N * (1. - self.mask_ratio))
         if not 0 < n_kept < N:
@@ -134,6 +143,13 @@ class SubpixelMAE(nn.Module):
         target = self._target(x, dropped)
         loss = (predicted.float() - target).square().mean()
         return Reconstruction(loss, predicted, target, kept, dropped)
+
+    def _check_sizes(self) -> None:
+        placer = self.encoder.placer
+        for prior in (placer.train_prior, placer.eval_prior):
+            if prior.has_sizes:
+                raise ValueError(
+                    f'sampler={prior.sampler!r} at coverage={prior.coverage} asks for sizes: {_SINGLE_PIXELS}')
 
     def _order(self, batch_size: int, n_tokens: int) -> torch.Tensor:
         if self.training:

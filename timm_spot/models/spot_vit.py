@@ -17,6 +17,7 @@ from timm.models import VisionTransformer, checkpoint, checkpoint_seq
 
 from ..ops.normalization import Normalization
 from ..ops.samplers import lattice_shape
+from ..ops.windows import check_sized
 from ._features import Intermediates, format_intermediates, tokens_to_map
 from ._timm import feature_take_indices, update_model_args
 from .placement import SAMPLED, Placer, get_placer
@@ -55,7 +56,7 @@ class SubpixelVisionTransformer(VisionTransformer):
             eval_coverage: Coverage in eval mode where it differs from training; by default the largest.
             n_coarse: Coarse tokens of sampler 'coarse+NAME'.
             size_embed: Whether tokens are told their size, by columns that start at 0; by default where a `coverage`
-                is given.
+                is given, or placements have sizes by another setting ('coarse+NAME', `eval_coverage`).
 
     `timm.create_model` also takes `train_only`: 'position' freezes all but the weights of position and size, 'head' all
     but the classifier, 'placer' all but the network that places the tokens.
@@ -95,20 +96,25 @@ class SubpixelVisionTransformer(VisionTransformer):
     def init_placer(self, placer: str | None, settings: dict[str, Any], device: Any = None) -> None:
         """What the constructor adds to a ViT over windows; on its own, on one that is built already."""
         settings = {name: value for name, value in settings.items() if value is not None}
-        if settings.pop('size_embed', 'coverage' in settings):
-            self.patch_embed.add_size_embed()
+        size_embed = settings.pop('size_embed', None)
         self._settings = settings
+        priors = self._priors(settings)
+        if size_embed is None:
+            size_embed = any(prior.has_sizes for prior in priors) or (
+                'coverage' in settings and self.patch_embed.convention == 'patch')
+        if size_embed:
+            self.patch_embed.add_size_embed()
         with torch.device(device) if device is not None else nullcontext():
-            self.placer: Placer = get_placer(SAMPLED if placer is None else placer)(*self._priors(self._settings))
+            self.placer: Placer = get_placer(SAMPLED if placer is None else placer)(*priors)
         self._state_reductions()
 
     def _priors(self, settings: dict[str, Any]) -> tuple[Prior, Prior]:
         priors = make_priors(self.patch_embed.window, **settings)
         for prior in priors:
-            if prior.has_sizes and self.patch_embed.convention == 'spot':
-                raise ValueError(
-                    f"sampler={prior.sampler!r} at coverage={prior.coverage} asks for sizes, under convention='spot' "
-                    'windows have one.')
+            if prior.has_sizes:
+                check_sized(
+                    self.patch_embed.convention,
+                    f'sampler={prior.sampler!r} at coverage={prior.coverage} asks for sizes')
         return priors
 
     @property
@@ -153,12 +159,16 @@ class SubpixelVisionTransformer(VisionTransformer):
             64
         """
         settings = merge_settings(self._settings, changes)
-        self.placer.set_priors(*self._priors(settings))
+        priors = self._priors(settings)
+        self.placer.set_priors(*priors)
         self._settings = {name: value for name, value in settings.items() if value is not None}
         record = dict(changes)
         for name in BOTH_MODES:
             if name in changes:
                 record[f'eval_{name}'] = changes.get(f'eval_{name}')  # what was set before no longer holds
+        told = self.patch_embed.size_proj is not None
+        if told or any(prior.has_sizes for prior in priors):
+            record['size_embed'] = told  # not what the new settings would ask for: weights are as they were built
         update_model_args(self, **record)
         self._state_reductions()
 

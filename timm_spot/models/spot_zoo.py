@@ -30,6 +30,7 @@ from .spot_config import (
     timm_cfg,
 )
 from .spot_vit import SubpixelVisionTransformer
+from .subpixel_embed import SIZE_WEIGHT
 
 default_cfgs = generate_default_cfgs({
     'spot_vit_base_patch16_mae.mae': cfg_from_timm('vit_base_patch16_224.mae', num_classes=1000),
@@ -81,6 +82,8 @@ def create_spot_vit(
     fresh = ('placer.',) if asked.get('placer') or isinstance(asked.get('saliency'), nn.Module) else ()
     if checked is not None and is_authors(checked.keys):
         placement.setdefault('convention', 'spot')  # the geometry that their weights were trained with
+    if checked is not None and SIZE_WEIGHT in checked.keys:
+        placement.setdefault('size_embed', True)  # whatever the coverage, the weights are not thrown away
     model = build_checked(
         model_cls,
         variant,

@@ -19,9 +19,18 @@ from torch import nn
 from ..ops.normalization import Normalization
 from ..ops.position_feature import position_feature
 from ..ops.sizes import SIZE_NODES, size_feature
-from ..ops.windows import check_convention, check_images, check_placement, gather_blocks, read_windows, split_placement
+from ..ops.windows import (
+    check_convention,
+    check_images,
+    check_placement,
+    check_sized,
+    gather_blocks,
+    read_windows,
+    split_placement,
+)
 
 DEFAULT_NODES = 16
+SIZE_WEIGHT = 'patch_embed.size_proj.weight'  # in the state dict of a model
 
 
 class WindowProjection(nn.Conv2d):
@@ -101,7 +110,12 @@ class SubpixelEmbed(nn.Module):
             nn.init.zeros_(self.size_proj.weight)
 
     def add_size_embed(self) -> None:
-        """Let tokens be told their size, by weights that are 0 at first."""
+        """Let tokens be told their size, by weights that are 0 at first.
+
+        Raises:
+            ValueError: Windows have one size, under `spot`.
+        """
+        check_sized(self.convention, 'size_embed=True tells tokens their size')
         weight = self.pos_proj.weight
         self.size_proj = nn.Linear(
             2 * len(SIZE_NODES), weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
@@ -175,10 +189,8 @@ class SubpixelEmbed(nn.Module):
         check_images(x, self.window)
         check_placement(placement, x)
         positions, spacing = split_placement(placement.expand(x.shape[0], -1, -1))
-        if spacing is not None and self.convention == 'spot':
-            raise ValueError(
-                f"positions of shape {tuple(placement.shape)} hold spacings, under convention='spot' windows have one "
-                'size: give (y, x) alone, and no coverage.')
+        if spacing is not None:
+            check_sized(self.convention, f'positions of shape {tuple(placement.shape)} hold spacings')
         dtype = self.n_sigma.dtype  # that of the weights, which may be wrapped, quantised or elsewhere
         windows = self._read(x, positions, spacing).to(dtype)
         tokens = self.norm(self.proj(windows.flatten(0, 1)).view(*windows.shape[:2], -1))

@@ -56,7 +56,7 @@ def sample_positions(
         [[0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]]
     """
     return sample_placement(
-        sampler, n_tokens, image_size, batch_size, saliency, generator, window, **options)[..., :2]
+        sampler, n_tokens, image_size, batch_size, saliency, generator, window, **options)[..., :2].contiguous()
 
 
 def sample_placement(
@@ -98,9 +98,9 @@ def sample_placement(
     image_size = _check_sizes(n_tokens, image_size, batch_size, window)
     if not coarse:
         drawn = _draw(name, n_tokens, image_size, batch_size, saliency, generator, window, **options)
-        if coverage == 0.:
-            return drawn[..., :2]
         positions = drawn[..., :2]
+        if coverage == 0.:
+            return positions.contiguous()  # saved, it is not to bring the cells along
         cells = drawn[..., 2:] if drawn.shape[-1] == 4 else neighbour_cells(positions, image_size)
         return torch.cat([positions, cell_spacing(cells, image_size, window, coverage)], dim=-1)
 

@@ -95,6 +95,26 @@ def cell_spacing(
     return spacing
 
 
+def add_sizes(
+        positions: torch.Tensor,
+        image_size: tuple[int, int],
+        window: int,
+        coverage: float,
+) -> torch.Tensor:
+    """Positions (B, N, 2) with spacings by the distances between them, (B, N, 4); as they are at coverage 0.
+
+    Args:
+        positions: (B, N, 2) of (y, x), fractions of the image.
+        image_size: (H, W) in pixels.
+        window: Side k of a window in samples.
+        coverage: In [0, 1].
+    """
+    if coverage == 0.:
+        return positions
+    cells = neighbour_cells(positions, image_size)
+    return torch.cat([positions, cell_spacing(cells, image_size, window, coverage)], dim=-1)
+
+
 def default_coarse(n_tokens: int) -> int:
     """How many of a budget's tokens are coarse in a mixed placement: the largest square up to two thirds.
 

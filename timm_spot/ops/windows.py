@@ -30,6 +30,14 @@ def check_convention(convention: str, window: int) -> None:
         raise ValueError(f'window={window} is too small, convention={convention!r} needs at least {smallest} pixels.')
 
 
+def check_sized(convention: str, what: str) -> None:
+    """Raise ValueError unless windows have sizes under `convention`; `what` asks for them, and begins the message."""
+    if convention != 'patch':
+        raise ValueError(
+            f"{what}, but under convention={convention!r} windows have one size, which follows from that of the image "
+            "as in the released checkpoints: sizes need convention='patch'.")
+
+
 def check_images(images: torch.Tensor, window: int) -> None:
     """Raise TypeError or ValueError unless `images` is (B, C, H, W) with room for one window."""
     if not isinstance(images, torch.Tensor):
@@ -286,8 +294,7 @@ def _expand_spacing(
         images: torch.Tensor,
 ) -> torch.Tensor:
     """The argument of `sample_windows` as (B, N, 2)."""
-    if convention != 'patch':
-        raise ValueError(f"spacing={spacing!r} is for convention='patch'; under {convention!r} windows have one size.")
+    check_sized(convention, f'spacing={spacing!r} sizes windows')
     if not isinstance(spacing, torch.Tensor):
         spacing = torch.tensor(spacing, dtype=positions.dtype, device=positions.device)
     shape, full = tuple(spacing.shape), tuple(positions.shape)

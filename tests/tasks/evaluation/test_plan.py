@@ -37,6 +37,26 @@ def test_what_determines_a_row_is_in_its_key(folder):
     assert spot != base
 
 
+def test_sizes_are_part_of_the_key(folder):
+    model = timm.create_model('spot_vit_pico_patch8_64', sampler='coarse+center', **SMALL).eval()
+    asked = dict(samplers=('coarse+center',), budgets=(9,))
+    seen = [plan(model, folder, **asked)[0].row]
+    for changes in (dict(n_coarse=2), dict(coverage=0.5), dict(eval_coverage=1.)):
+        model.set_placement(**changes)
+        seen.append(plan(model, folder, **asked)[0].row)
+    assert len(set(seen)) == 4 and [row.coverage for row in seen] == [None, None, 0.5, 1.]
+    assert {row.coverage for row in (p.row for p in plan(model, folder, coverages=(0., 1.), **asked))} == {None, 1.}
+
+
+@pytest.mark.parametrize('asked', [
+    dict(coverages=(1.,)), dict(samplers=('coarse+center',)), dict(samplers=(), oracle='coarse+center'),
+    dict(samplers=(), oracle='isotropic', coverages=(0.5,))])
+def test_sizes_are_refused_under_one_size(folder, asked):
+    model = timm.create_model('spot_vit_pico_patch8_64', convention='spot', **SMALL).eval()
+    with pytest.raises(ValueError, match="asks for sizes, but under convention='spot' windows have one size"):
+        plan(model, folder, **{**dict(samplers=('isotropic',), budgets=(4,)), **asked})
+
+
 def test_a_local_model_of_another_convention_has_rows_of_its_own(folder):
     torch.manual_seed(0)
     model = timm.create_model('spot_vit_pico_patch8_64', pos_nodes=8, **SMALL).eval()

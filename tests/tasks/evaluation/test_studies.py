@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -53,6 +55,30 @@ def test_every_study_compares_each_model_at_each_budget(models, canvases, tmp_pa
     assert len(format_study(found).splitlines()) == len(found) + 2
 
 
+@pytest.mark.parametrize('name, count', [('grids', 4), ('priors', 4), ('saliency', 1), ('transfer', 2)])
+def test_every_study_keeps_the_sizes_of_windows(canvases, tmp_path, name, count):
+    seen, models = [], {}
+    for title in ('one', 'other'):
+        model = models[title] = timm.create_model('spot_vit_pico_patch8_64', coverage=0.5, **SMALL).eval()
+        model.patch_embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    assert len(run_study(name, models, canvases, (4,), tmp_path, SEARCH)) == count * 2
+    assert seen and all(positions.shape[-1] == 4 and positions[..., 2:].amax() > 1 for positions in seen)
+
+
+def test_what_another_model_found_covers_the_same_parts_of_the_picture(folder, tmp_path):
+    pictures = open_study_pictures(str(folder), 4)
+    large = timm.create_model(
+        'spot_vit_pico_patch8_64', img_size=128, patch_size=16, coverage=1.,
+        pretrained_cfg_overlay=dict(input_size=(3, 128, 128)), **SMALL).eval()
+    small = timm.create_model('spot_vit_pico_patch8_64', patch_size=4, coverage=1., **SMALL).eval()
+    trials = [studies.Trial(name, model, pictures, (4,), tmp_path, SEARCH)
+              for name, model in (('large', large), ('small', small))]
+    found, taken = trials[0].searched(4).positions, trials[1].taken_over(trials[0], 4)
+    assert trials[0].images.shape[-1] == 128 and trials[1].images.shape[-1] == 64
+    torch.testing.assert_close(16 * found[..., 2:] / 128, 4 * taken[..., 2:] / 64)
+    assert torch.equal(found[..., :2], taken[..., :2])
+
+
 def test_a_search_is_kept_by_what_determines_it(models, canvases, tmp_path):
     one = {'one': models['seed 0']}
     run_study('saliency', one, canvases, (4,), tmp_path, SEARCH)
@@ -64,6 +90,10 @@ def test_a_search_is_kept_by_what_determines_it(models, canvases, tmp_path):
     run_study('saliency', one, open_study_pictures('digits', 11), (4,), tmp_path, SEARCH)
     run_study('saliency', {'other': models['seed 1']}, canvases, (4,), tmp_path, SEARCH)
     assert len(list(tmp_path.iterdir())) == 4
+    covering = copy.deepcopy(models['seed 0'])
+    covering.set_placement(coverage=1.)
+    run_study('saliency', {'covering': covering}, canvases, (4,), tmp_path, SEARCH)
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_a_model_transfers_to_itself(models, canvases, tmp_path):

@@ -203,8 +203,12 @@ def test_card_tells_what_the_model_is(pico):
     header, _, body = card.removeprefix('---\n').partition('\n---\n')
     assert 'library_name: timm' in header and 'license: apache-2.0' in header
     for part in ('1.1 M parameters', 'random numbers', '`center`, 25 tokens', 'UCI', 'hf-hub:ORG/NAME', '2507.01654',
-                 "torch.hub.load(CLONE, 'spot_vit_pico_patch8_64'"):
+                 "torch.hub.load(CLONE, 'spot_vit_pico_patch8_64'", 'n_tokens=25, coverage=1.)'):
         assert part in body
+    pico.set_placement(coverage=0.5)
+    assert '`center`, 25 tokens, coverage 0.5; convention' in model_card(pico, source='random numbers')
+    one_size = timm.create_model('spot_vit_pico_patch8_64', convention='spot', depth=1)
+    assert 'coverage' not in model_card(one_size, source='random numbers')
 
 
 def test_results_replace_older_ones_and_wrong_ones_are_refused():

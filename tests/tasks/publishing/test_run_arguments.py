@@ -20,7 +20,19 @@ def test_shape_giving_keywords_pass_and_others_are_named():
         ['args.model_kwargs.checkpoint_path', 'args.model_kwargs.depth2'])
 
 
+@pytest.mark.parametrize('given', [
+    dict(coverage=0.5, eval_coverage=1., size_embed=True), dict(coverage=[0., 1.], size_embed=False),
+    dict(sampler='coarse+center', eval_sampler='coarse+sobol', n_coarse=16)])
+def test_sizes_pass(given):
+    assert model_keywords(dict(model_kwargs=given), 'f.pth') == (given, [])
+
+
 @pytest.mark.parametrize('name, value, rule', [
+    ('coverage', 1.5, 'a number from 0 to 1, or two of them'),
+    ('coverage', [0., 0.5, 1.], 'a number from 0 to 1, or two of them'),
+    ('eval_coverage', [0., 1.], 'a number from 0 to 1'),
+    ('n_coarse', 0, 'a whole number from 1 to 10000'),
+    ('sampler', 'fine+center', 'a word'),
     ('n_tokens', 10 ** 12, 'a whole number from 1 to 10000'),
     ('n_tokens', True, 'a whole number from 1 to 10000'),
     ('depth', 0, 'a whole number from 1 to 1024'),

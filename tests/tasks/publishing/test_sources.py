@@ -41,3 +41,12 @@ def test_a_model_far_larger_than_its_weights_is_refused(tmp_path, pico):
     with pytest.raises(ValueError, match=r'are not those of spot_vit_base_patch16_mae: .* numbers for a model of'):
         load_source(tmp_path / 'weights.safetensors', 'spot_vit_base_patch16_mae')
     assert timm.is_model('spot_vit_base_patch16_mae')
+
+
+def test_weights_that_are_told_sizes_say_so_themselves(tmp_path):
+    model = timm.create_model('spot_vit_pico_patch8_64', coverage=1., num_classes=10).eval()
+    torch.nn.init.normal_(model.patch_embed.size_proj.weight)
+    save_file(model.state_dict(), tmp_path / 'weights.safetensors')
+    built = load_source(tmp_path / 'weights.safetensors', 'spot_vit_pico_patch8_64').model
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(built(images, model.place(images)), model(images))

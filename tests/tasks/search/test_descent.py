@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from timm_spot.tasks.search.descent import descend
-from timm_spot.tasks.search.settings import Search
+from timm_spot.tasks.search.settings import SIZE_RATE, Search
 
 TARGETS = torch.tensor([0.5, 0., 1.])
 START = torch.tensor([[[0., 0.]], [[0.5, 0.5]], [[1., 1.]]])
@@ -29,6 +29,34 @@ def test_steps_by_hand():
     assert [(step, index.tolist()) for step, index, _, _ in seen] == [(i, [0, 1, 2]) for i in range(3)]
     for step, _, positions, losses in seen:
         assert torch.equal(positions, found.trajectory[:, step]) and torch.equal(losses, found.losses[:, step])
+
+
+@pytest.mark.parametrize('optimizer', [
+    SGD, dict(optimizer='adamw', optimizer_kwargs=dict(weight_decay=0.))])
+def test_sizes_move_by_their_rate_once(optimizer):
+    """A gradient of 1 to the logarithm of a size is one of 1 to a position, but for the rate."""
+    def sums(index, placement):
+        return placement[:, 0], placement[..., 0].sum(dim=1) + placement[..., 2].log().sum(dim=1)
+
+    search = Search(**{**optimizer, 'lr': 1e-3}, steps=1, optimize=('position', 'size'))
+    start = torch.tensor([[[0.5, 0.5, 2., 2.]]])
+    found = descend(search, sums, start, torch.arange(1)).positions
+    assert (found - start)[0, 0, 0].item() == pytest.approx(-1e-3, rel=1e-3)
+    assert (found / start).log()[0, 0, 2].item() == pytest.approx(-SIZE_RATE * 1e-3, rel=1e-3)
+    assert torch.equal(found[..., 1], start[..., 1]) and found[0, 0, 3].item() == pytest.approx(2.)
+
+
+@pytest.mark.parametrize('sign, end', [(1., 0.25), (-1., 64.)])
+def test_sizes_stay_where_windows_see_something(sign, end):
+    def sums(index, placement):
+        return placement[:, 0], sign * placement[..., 2:].log().sum(dim=(1, 2))
+
+    start = torch.tensor([[[0.5, 0.5, 1., 64.]]])
+    found = descend(Search(steps=9, lr=1., optimize='size'), sums, start, torch.arange(1), largest=64.)
+    sizes = found.trajectory[..., 2:]
+    assert (sizes >= 0.25 * (1 - 1e-5)).all() and (sizes <= 64.).all()
+    torch.testing.assert_close(found.positions[..., 2:], torch.full((1, 1, 2), end), rtol=1e-4, atol=0.)
+    assert torch.equal(found.positions[..., :2], start[..., :2])
 
 
 def test_images_are_asked_for_by_their_numbers():

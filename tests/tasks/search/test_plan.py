@@ -83,6 +83,23 @@ def test_a_key_holds_the_prior_of_the_models_own_placer(pictures):
     assert differing(a, plan(make_model(sampler='sobol'), pictures, 'sampled')) == {'placer'}
 
 
+def test_a_key_holds_the_sizes_of_the_start(pictures):
+    plain, covering = make_model(), make_model(coverage=1.)
+    assert 'coverage' not in plan(plain, pictures).key() and plan(covering, pictures).key()['coverage'] == 1.
+    covering.set_placement(coverage=(0., 1.), eval_coverage=0.5)
+    assert plan(covering, pictures).key()['coverage'] == 0.5
+    mixed = plan(plain, pictures, 'coarse+center').key()
+    plain.set_placement(n_coarse=2)
+    assert (mixed['n_coarse'], plan(plain, pictures, 'coarse+center').key()['n_coarse']) == (1, 2)
+    a, b = (plan(make_model(coverage=coverage), pictures, 'sampled') for coverage in (0.5, 1.))
+    assert differing(a, b) == {'placer'}
+
+
+def test_starts_with_sizes_are_refused_under_one_size(pictures):
+    with pytest.raises(ValueError, match=r"'coarse\+center' at coverage=0.0 asks for sizes, but under convention='spot'"):
+        plan(make_model(convention='spot'), pictures, 'coarse+center')
+
+
 def test_an_objective_that_is_a_function_has_no_key(pictures):
     with pytest.raises(TypeError, match='must be a name'):
         plan(make_model(), pictures, objective=lambda logits: logits.sum(dim=1))

@@ -95,3 +95,9 @@ def test_snap_finds_the_nearest_patch_centre():
     torch.testing.assert_close(result.snap(1), torch.full((1, 4, 2), 0.5))
     with pytest.raises(ValueError, match='at least one row'):
         result.snap(0)
+
+
+def test_snap_leaves_sizes():
+    result = make(rows=1)
+    result.positions = torch.tensor([[[0.1, 0.9, 2., 3.]]])
+    torch.testing.assert_close(result.snap(2), torch.tensor([[[0.25, 0.75, 2., 3.]]]))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...ops.windows import check_convention, split_placement
+from ...ops.windows import check_convention, check_sized, split_placement
 from ..extras import need
 from ..kept import whole_file
 from ..pictures.images import to_rgb
@@ -129,6 +129,8 @@ def rectangles(
         raise ValueError(f'positions of shape {tuple(positions.shape)} hold NaN or infinity.')
     size = np.array(picture.shape[:2])
     positions, spacing = split_placement(positions)
+    if spacing is not None:
+        check_sized(convention, 'positions hold spacings')
     sides = window * 2 * size / size.sum() if convention == 'spot' else np.array([window, window])
     sides = np.broadcast_to(sides, positions.shape) if spacing is None else window * spacing.numpy()
     return to_pixels(positions.numpy(), picture, convention), sides

@@ -27,6 +27,7 @@ from torch import nn
 from ...ops.placements import sample_positions
 from ...ops.saliency import spectral_residual
 from ...ops.samplers import check_n_tokens, get_sampler
+from ...ops.sizes import add_sizes
 from ..kept import weights_digest
 from ..search.draws import draw_placements, image_generator
 from ..search.optimize import optimize_positions
@@ -73,22 +74,28 @@ class Trial:
         return height // window, width // window
 
     def placed(self, sampler: str, n_tokens: int) -> torch.Tensor:
-        """Placements (B, N, 2) by a sampler, drawn for each image; salient ones by spectral residual."""
+        """Placements (B, N, 2) by a sampler, drawn for each image; salient ones by spectral residual.
+
+        With sizes (B, N, 4), by the coverage of the model.
+        """
         images = self.images
         maps = spectral_residual(images) if 'saliency' in get_sampler(sampler).keywords else None
         return draw_placements(self.model, images, sampler, n_tokens, maps, torch.arange(len(images)), seed=0)
 
     def random_patches(self, n_tokens: int) -> torch.Tensor:
-        """Placements (B, N, 2) on centres of patches, drawn for each image."""
-        images, (rows, columns) = self.images, self.grid
-        centres = sample_positions(
-            'grid', rows * columns, tuple(images.shape[-2:]), window=self.model.patch_embed.window)[0]
-        return torch.stack([
+        """Placements (B, N, 2) on centres of patches, drawn for each image; with sizes (B, N, 4), by their neighbours."""
+        images, (rows, columns), window = self.images, self.grid, self.model.patch_embed.window
+        size = tuple(images.shape[-2:])
+        centres = sample_positions('grid', rows * columns, size, window=window)[0]
+        positions = torch.stack([
             centres[random_patches(len(centres), n_tokens, image_generator(0, i))] for i in range(len(images))])
+        return add_sizes(positions, size, window, self.model.placer.coverage())
 
     def searched(self, n_tokens: int) -> OracleResult:
         """SPoT-ON from the isotropic lattice; kept in a file, since three of the studies need the same search."""
         key = f'{weights_digest(self.model)} {self.model.patch_embed.convention} {self.pictures.digest} {self.search}'
+        coverage = self.model.placer.coverage()
+        key += f' coverage={coverage}' if coverage else ''
         digest = hashlib.sha256(key.encode()).hexdigest()[:12]
         file = self.folder / f'oracle-{digest}-{n_tokens}-{len(self.pictures)}.safetensors'
         if file.exists():
@@ -99,6 +106,14 @@ class Trial:
             **self.search)
         result.to_safetensors(file)
         return OracleResult.from_safetensors(file)
+
+    def taken_over(self, other: Trial, n_tokens: int) -> torch.Tensor:
+        """What another trial's search found, its windows on the same parts of this model's images."""
+        found = other.searched(n_tokens).positions
+        positions, sizes = found[..., :2], found[..., 2:]
+        own, its = (
+            torch.tensor(trial.images.shape[-2:]) / trial.model.patch_embed.window for trial in (self, other))
+        return torch.cat([positions, sizes * (own / its)], dim=-1) if sizes.shape[-1] else positions
 
     @torch.inference_mode()
     def correct(self, positions: torch.Tensor) -> torch.Tensor:
@@ -254,7 +269,7 @@ def study_transfer(trials: Sequence[Trial]) -> List[Comparison]:
             scores = {'own start': own.correct_before, 'own oracle': own.correct_after}
             for other in trials:
                 if other is not trial:
-                    scores["other's oracle"] = trial.correct(other.searched(n).positions)
+                    scores["other's oracle"] = trial.correct(trial.taken_over(other, n))
                     found.append(trial.compare("other's oracle - own start", n, scores))
                     found.append(trial.compare("own oracle - other's oracle", n, scores))
     return found
@@ -264,5 +279,5 @@ def _under(percentiles: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Mean over an image's tokens of the percentile at their pixel, as a share of 1, (B,)."""
     B, H, W = percentiles.shape
     size = torch.tensor([H, W])
-    pixel = (positions * size).floor().long().clamp(min=0).minimum(size - 1)
+    pixel = (positions[..., :2] * size).floor().long().clamp(min=0).minimum(size - 1)
     return percentiles[torch.arange(B)[:, None], pixel[..., 0], pixel[..., 1]].mean(dim=1) / 100

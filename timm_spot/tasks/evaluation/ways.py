@@ -17,7 +17,7 @@ from ...ops.placements import sample_positions
 from ...ops.samplers import get_sampler
 from ..pictures.images import model_transform
 from ..pictures.saliency_maps import SaliencySource, saliency_source
-from ..search.draws import draw_placements, image_generator
+from ..search.draws import check_sizes, draw_placements, image_generator
 from ..search.optimize import optimize_positions
 from . import rows
 from .baselines import LowRes, patch_drop, random_patches, shrunk_grid, top_k
@@ -83,7 +83,7 @@ def sampler_ways(model: nn.Module, request: Request) -> Iterator[Way]:
     read_maps = saliency_source(request.saliency, model, model_transform(model))
     for name in request.samplers:
         sampler = get_sampler(name)
-        for n, coverage in product(request.budgets, coverages(model, request)):
+        for n, coverage in product(request.budgets, coverages(model, request, name)):
             if sampler.deterministic:
                 sample_positions(name, n, image_size(model), window=model.patch_embed.window)
             yield Way(
@@ -93,16 +93,19 @@ def sampler_ways(model: nn.Module, request: Request) -> Iterator[Way]:
                 coverage=coverage)
 
 
-def coverages(model: nn.Module, request: Request) -> Sequence[float]:
-    """Those asked for, or the model's own."""
-    return request.coverages or (model.placer.coverage(),)
+def coverages(model: nn.Module, request: Request, sampler: str) -> Sequence[float]:
+    """Those asked for, or the model's own; one that the model cannot have is refused here already."""
+    asked = request.coverages or (model.placer.coverage(),)
+    for coverage in asked:
+        check_sizes(model, sampler, coverage)
+    return asked
 
 
 def placer_ways(model: nn.Module, request: Request) -> Iterator[Way]:
     """A subpixel ViT with a placer of its own at each budget; none for one placed by a sampler."""
     placer = model.placer
     if type(placer) is not SampledPlacer:
-        for n, coverage in product(request.budgets, coverages(model, request)):
+        for n, coverage in product(request.budgets, coverages(model, request, placer.name)):
             yield Way(
                 rows.PLACER, placer.name or type(placer).__name__, n,
                 partial(_self_placed, n_tokens=n, coverage=coverage), coverage=coverage)
@@ -119,7 +122,7 @@ def oracle_ways(model: nn.Module, request: Request) -> Iterator[Way]:
         return
     name, sampler = request.oracle, get_sampler(request.oracle)
     read_maps = saliency_source(request.saliency, model, model_transform(model))
-    for n, coverage in product(request.budgets, coverages(model, request)):
+    for n, coverage in product(request.budgets, coverages(model, request, name)):
         search = partial(
             _searched, init=name, n_tokens=n, read_maps=read_maps, coverage=coverage, amp=request.amp)
         # No nearest neighbours: their labels would have to be searched with.

@@ -97,6 +97,9 @@ def model_card(model: SubpixelVisionTransformer, source: str, data: str | None =
     licence = cfg.get('license')
     task = 'image-classification' if model.num_classes else 'image-feature-extraction'
     retrofit = f'backbone={backbone!r}, ' if backbone else ''
+    # Windows as large as the cells of their tokens, which together cover the picture.
+    sized = '' if embed.convention == 'spot' else (
+        f"model = timm.create_model('hf-hub:{REPO_PLACEHOLDER}', pretrained=True, n_tokens=25, coverage=1.).eval()\n")
     what = f'a subpixel Vision Transformer of {parameters / 1e6:.1f} M parameters'
     if backbone:
         what += f', {backbone} of timm retrofitted'
@@ -127,7 +130,7 @@ import timm, timm_spot  # pip install timm-spot
 
 model = timm.create_model('hf-hub:{REPO_PLACEHOLDER}', pretrained=True).eval()
 model = timm.create_model('hf-hub:{REPO_PLACEHOLDER}', pretrained=True, n_tokens=25, sampler='center').eval()
-logits = model(images)                        # images (B, {model.in_chans}, H, W) of any size
+{sized}logits = model(images)                        # images (B, {model.in_chans}, H, W) of any size
 logits = model(images, positions=positions)   # a placement of your own, (N, 2) or (B, N, 2) of (y, x) in [0, 1]
 ```
 
@@ -146,6 +149,7 @@ model = torch.hub.load(CLONE, '{cfg['architecture']}', source='local', {retrofit
 def _describe_placement(model: SubpixelVisionTransformer) -> str:
     prior = model.placer.eval_prior
     budget = f'{prior.n_tokens} tokens' if prior.n_tokens else 'as many tokens as the image has whole patches'
+    budget += f', coverage {prior.coverage:g}' if prior.coverage else ''
     if isinstance(model.placer, SampledPlacer):
         return f'sampler `{prior.sampler}`, {budget}'
     return f'placer `{model.placer.name}`, a network that its makers register, {budget}'

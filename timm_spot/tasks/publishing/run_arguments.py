@@ -37,6 +37,11 @@ def _number(low: float, high: float) -> Rule:
 
 _YES_OR_NO: Rule = (lambda v: isinstance(v, bool), 'true or false')
 _WORD: Rule = (lambda v: isinstance(v, str) and re.fullmatch(r'[\w-]{0,64}', v) is not None, 'a word')
+_SAMPLER: Rule = (lambda v: isinstance(v, str) and re.fullmatch(r'(coarse\+)?[\w-]{0,64}', v) is not None, 'a word')
+_COVERAGE = _number(0, 1)
+_COVERAGES: Rule = (
+    lambda v: _COVERAGE[0](v) or (isinstance(v, (list, tuple)) and len(v) == 2 and all(map(_COVERAGE[0], v))),
+    f'{_COVERAGE[1]}, or two of them')
 _MODEL: Rule = (lambda v: isinstance(v, str) and is_plain_name(v), 'a name that timm knows')
 _STATISTICS: Rule = (
     lambda v: isinstance(v, (list, tuple)) and 0 < len(v) <= 1024 and all(
@@ -50,16 +55,20 @@ KEYWORDS: dict[str, Rule] = {
     **dict.fromkeys(('reg_tokens',), _whole(0, 1024)),
     **dict.fromkeys(('pos_nodes',), _whole(2, 256)),
     **dict.fromkeys(('n_tokens', 'eval_n_tokens'), _one_or_more(1, MAX_TOKENS, 2)),
+    **dict.fromkeys(('n_coarse',), _whole(1, MAX_TOKENS)),
+    **dict.fromkeys(('coverage',), _COVERAGES),
+    **dict.fromkeys(('eval_coverage',), _COVERAGE),
     **dict.fromkeys(('seed', 'scorer_seed'), _whole(0, 2**63 - 1)),
     **dict.fromkeys(('stages',), _one_or_more(0, 1024, 1024)),
     **dict.fromkeys(('mlp_ratio', 'init_values'), _number(0, 1000)),
     **dict.fromkeys(('keep_rate',), _number(0, 1)),
     **dict.fromkeys((
         'class_token', 'no_embed_class', 'pre_norm', 'final_norm', 'fc_norm', 'qkv_bias', 'qk_norm', 'proj_bias',
-        'scale_attn_norm', 'scale_mlp_norm', 'pool_include_prefix'), _YES_OR_NO),
+        'scale_attn_norm', 'scale_mlp_norm', 'pool_include_prefix', 'size_embed'), _YES_OR_NO),
     **dict.fromkeys((
-        'global_pool', 'act_layer', 'norm_layer', 'embed_norm_layer', 'sampler', 'eval_sampler', 'convention',
-        'saliency', 'placer', 'scorer', 'read'), _WORD),
+        'global_pool', 'act_layer', 'norm_layer', 'embed_norm_layer', 'convention', 'saliency', 'placer', 'scorer',
+        'read'), _WORD),
+    **dict.fromkeys(('sampler', 'eval_sampler'), _SAMPLER),
     'backbone': _MODEL,
 }
 # What only matters to training, or to timm's own position table.

@@ -17,6 +17,7 @@ from ...models.spot_config import PROJECT_PAGE
 from ...models.spot_retrofit import check_patch_grid
 from ...models.spot_vit import SubpixelVisionTransformer
 from ...models.spot_zoo import default_cfgs
+from ...models.subpixel_embed import SIZE_WEIGHT
 from . import run_arguments
 
 _SUFFIXES = ('.pth', '.tar', '.pt', '.bin', '.ckpt', '.safetensors')
@@ -123,6 +124,8 @@ def _fill(name: str, tensors: StateDict, keywords: dict[str, Any], where: str) -
     """Build the named model with these keywords, and fill it."""
     head = tensors.get('head.weight')
     keywords = dict(keywords, num_classes=0 if head is None else head.shape[0])
+    if SIZE_WEIGHT in tensors:
+        keywords.setdefault('size_embed', True)
     _check_size(create_checked(name, device='meta', **keywords), tensors, name, where)
     model = create_checked(name, **keywords).eval()
     if model.pretrained_cfg['num_classes'] != model.num_classes:

@@ -1,6 +1,7 @@
 """The search itself: placements slide downhill, each on its own image's loss."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,13 +19,14 @@ def descend(
         start: torch.Tensor,
         index: torch.Tensor,
         callback: Callback | None = None,
+        largest: float = math.inf,
 ) -> OracleResult:
-    """Search images `index` (B,) of an evaluator from `start` (B, N, 2), or (B, N, 4) with sizes.
+    """Search images `index` (B,) of an evaluator from `start` (B, N, 2), or (B, N, 4) with sizes of at most `largest`.
 
     Raises:
         ValueError: A loss or a gradient that is not finite; names image and step.
     """
-    places = _Places(search, start)
+    places = _Places(search, start, largest)
     active = torch.arange(len(start), device=start.device)
     for step in range(search.steps + 1):
         last = step == search.steps
@@ -55,9 +57,9 @@ def descend(
 class _Places:
     """What the optimizers move of the placements under way."""
 
-    def __init__(self, search: Search, start: torch.Tensor) -> None:
-        self.search, self.start = search, start
-        self.moved = search.unfold(start).clone()
+    def __init__(self, search: Search, start: torch.Tensor, largest: float) -> None:
+        self.search, self.largest = search, largest
+        self.moved = search.confine(search.unfold(start), largest)
         self.places = list(self.moved.unbind())  # views: the optimizers move `moved` itself
         self.optimizers = search.create_optimizers(self.places)
 
@@ -66,11 +68,10 @@ class _Places:
         for place in self.places:
             place.grad = None  # optimizers pass over these: a finished image stays where it is
         for i, gradient in zip(index.tolist(), gradients):
-            self.places[i].grad = gradient
+            self.places[i].grad = self.search.scale(gradient)
         for optimizer in self.optimizers:
             optimizer.step()
-        if 'position' in self.search.optimize:
-            self.moved[..., :2] = self.search.bound(self.moved[..., :2])
+        self.moved.copy_(self.search.confine(self.moved, self.largest))
 
 
 class _Patience:

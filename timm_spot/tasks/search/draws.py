@@ -10,8 +10,8 @@ from torch import nn
 from ...models.placement import list_placers
 from ...models.prior import Saliency, compute_saliency
 from ...ops.placements import sample_placement
-from ...ops.samplers import check_n_tokens, get_sampler, list_samplers
-from ...ops.windows import check_placement
+from ...ops.samplers import check_n_tokens, get_sampler, list_samplers, split_sampler
+from ...ops.windows import check_placement, check_sized
 
 MAX_SEED = 2 ** 32
 
@@ -32,15 +32,18 @@ def starting_positions(
     size = (images.shape[-2], images.shape[-1])
     if isinstance(init, torch.Tensor):
         check_start(init, images)
+        if init.shape[-1] > 2:
+            check_sized(model.patch_embed.convention, f'init of shape {tuple(init.shape)} holds spacings')
         if n_tokens is not None and n_tokens != init.shape[-2]:
             raise ValueError(f'n_tokens={n_tokens}, but init of shape {tuple(init.shape)} has {init.shape[-2]} tokens.')
         init = init.detach().expand(len(images), -1, -1)
         return torch.cat([init, init[..., 2:]], dim=-1) if init.shape[-1] == 3 else init.clone()
+    coverage = model.placer.coverage() if coverage is None else coverage
     check_init(model, init)
+    check_sizes(model, init, coverage)
     n_tokens = check_budget(model, n_tokens, size)
     if names_placer(init):
-        changes = dict(n_tokens=n_tokens) if coverage is None else dict(n_tokens=n_tokens, coverage=coverage)
-        return _with_placer(model, **changes).place(images).detach()  # a copy already
+        return _with_placer(model, n_tokens=n_tokens, coverage=coverage).place(images).detach()  # a copy already
     prior, window = model.placer.prior, model.patch_embed.window
     maps = None
     if 'saliency' in get_sampler(init).keywords:
@@ -50,7 +53,7 @@ def starting_positions(
     generator = torch.Generator().manual_seed(prior.seed) if generator is None else generator
     placement = sample_placement(
         init, n_tokens, size, 1 if shared else len(images), maps, generator, window,
-        coverage=model.placer.coverage() if coverage is None else coverage, n_coarse=prior.n_coarse)
+        coverage=coverage, n_coarse=prior.n_coarse)
     return placement.to(images.device).expand(len(images), -1, -1).clone()
 
 
@@ -85,6 +88,12 @@ def draw_placements(
 def names_placer(init: str) -> bool:
     """Whether a name is that of a placer; samplers come first."""
     return init in list_placers() and init not in list_samplers()
+
+
+def check_sizes(model: nn.Module, init: str, coverage: float) -> None:
+    """Raise ValueError where a start has sizes and windows of the model have one."""
+    if coverage or split_sampler(init)[0]:
+        check_sized(model.patch_embed.convention, f'{init!r} at coverage={coverage} asks for sizes')
 
 
 def check_init(model: nn.Module, init: str) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from ...models.prior import Saliency
 from ...models.subpixel_embed import SubpixelEmbed
-from ...ops.windows import check_images
+from ...ops.windows import check_images, check_sized
 from .descent import Callback, descend
 from .draws import starting_positions
 from .evaluator import Evaluator, frozen
@@ -85,7 +85,8 @@ def optimize_positions(
         callback: Called as callback(step, index, positions, losses) at the start (step 0) and after each step, with
             the images still searched: index (b,), positions (b, N, 2) and losses (b,).
         optimize: What moves: 'position', 'size', or both. Sizes move in their logarithm: a step of lr = 0.003 makes a
-            window 3 % larger or smaller. The placements found then have spacings, (B, N, 4).
+            window 3 % larger or smaller. Spacings stay between a quarter of a pixel and the longer side of the image.
+            The placements found then have spacings, (B, N, 4).
 
     Raises:
         TypeError: Something that is no subpixel ViT, tensor or int where one is needed.
@@ -118,7 +119,9 @@ def optimize_positions(
         if 'size' in search.optimize and start.shape[-1] == 2:
             start = F.pad(start, (0, 2), value=1.)  # windows of single pixels
         evaluate = Evaluator(model, images, targets, search)
-        result = OracleResult.concat([descend(search, evaluate, start[i], i, callback) for i in evaluate.chunks])
+        largest = max(images.shape[-2:])  # spacing that windows can have
+        result = OracleResult.concat(
+            [descend(search, evaluate, start[i], i, callback, largest) for i in evaluate.chunks])
         if targets is not None:
             result.correct_before = result.logits_before.argmax(dim=-1) == targets
             result.correct_after = result.logits_after.argmax(dim=-1) == targets
@@ -129,8 +132,8 @@ def _check_inputs(model: nn.Module, images: torch.Tensor, targets: torch.Tensor 
     if not isinstance(getattr(model, 'patch_embed', None), SubpixelEmbed):
         raise TypeError(f'model must be a subpixel ViT, such as a spot_vit of timm, got {type(model).__name__}.')
     check_images(images, model.patch_embed.window)
-    if 'size' in search.optimize and model.patch_embed.convention == 'spot':
-        raise ValueError(f"optimize={search.optimize!r}: under convention='spot' windows have one size.")
+    if 'size' in search.optimize:
+        check_sized(model.patch_embed.convention, f'optimize={search.optimize!r} moves sizes')
     if not len(images):
         raise ValueError(f'images of shape {tuple(images.shape)} hold no image.')
     channels = model.patch_embed.proj.in_channels

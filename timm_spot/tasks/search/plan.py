@@ -16,7 +16,8 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from ...models.prior import Saliency
-from ...ops.samplers import get_sampler
+from ...ops.samplers import get_sampler, split_sampler
+from ...ops.sizes import check_n_coarse
 from ..kept import plain_key, settings_digest, weights_digest
 from ..pictures.classes import class_mismatch
 from ..pictures.datasets import Pictures
@@ -77,7 +78,19 @@ class Plan:
             batch_size=self.batch_size,
             seed=self.seed,
             search=self._search_key(),
+            **self._sizes_key(),
         ))
+
+    def _sizes_key(self) -> dict[str, Any]:
+        """What the sizes of a start follow from; nothing where it has none, as in results of version 0.1."""
+        if names_placer(self.init):
+            return {}  # the key of the placer says it
+        placer, key = self.model.placer, {}
+        if placer.coverage():
+            key['coverage'] = placer.coverage()
+        if split_sampler(self.init)[0]:
+            key['n_coarse'] = check_n_coarse(placer.prior.n_coarse, self.n_tokens)
+        return key
 
     def _search_key(self) -> dict[str, Any]:
         key = dataclasses.asdict(self.search)

@@ -39,7 +39,7 @@ class OracleResult:
     def snap(self, grid: int | tuple[int, int]) -> torch.Tensor:
         """Positions moved to the nearest patch centre, (B, N, 2), to compare with what a grid allows.
 
-        Tokens that share a nearest patch stay doubled.
+        Tokens that share a nearest patch stay doubled; sizes, (B, N, 4), stay as they are.
 
         Args:
             grid: Rows and columns of patches, such as `model.patch_embed.grid_size`.
@@ -48,7 +48,9 @@ class OracleResult:
         if min(rows, columns) < 1:
             raise ValueError(f'grid={grid} must have at least one row and column.')
         cells = self.positions.new_tensor([rows, columns])
-        return ((self.positions[..., :2] * cells).floor().clamp(min=0.).minimum(cells - 1) + 0.5) / cells
+        positions, sizes = self.positions[..., :2], self.positions[..., 2:]
+        snapped = ((positions * cells).floor().clamp(min=0.).minimum(cells - 1) + 0.5) / cells
+        return torch.cat([snapped, sizes], dim=-1)
 
     def to_safetensors(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
         """Write to a file, whole or not at all.

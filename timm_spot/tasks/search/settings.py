@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info
 
+from ...ops.sizes import SIZE_NODES
 from .objectives import Objective, get_objective
 
 MAX_STEPS = 100_000
 SIZE_RATE = 10.  # a step of lr image sides moves a token, or the edges of a window of a fifth of the image, as far
+SMALLEST_SPACING = 2. ** SIZE_NODES[0]  # below it a token's size is told no more
 _WEIGHT_DECAY = 0.01  # what torch.optim.AdamW does unasked, and so did the authors' search
 
 
@@ -100,6 +102,22 @@ class Search:
         """What the optimizers move of a placement (..., 2) or (..., 4): positions, logarithms of sizes, or both."""
         parts = dict(position=placement[..., :2], size=placement[..., 2:].log() / SIZE_RATE)
         return torch.cat([parts[name] for name in self.optimize], dim=-1)
+
+    def confine(self, moved: torch.Tensor, largest: float) -> torch.Tensor:
+        """What was moved, with positions inside the bounds and spacings between a quarter of a pixel and `largest`."""
+        # Rounding is not to carry one across.
+        least, most = (math.log(s) / SIZE_RATE for s in (SMALLEST_SPACING, largest * (1. - 1e-5)))
+        parts = dict(zip(self.optimize, moved.split(2, dim=-1)))
+        limits = dict(position=BOUNDS[self.bounds], size=lambda sizes: sizes.clamp(least, most))
+        return torch.cat([limits[name](part) for name, part in parts.items()], dim=-1)
+
+    def scale(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient to what is moved as optimizers get it: that to sizes is the one to their logarithm.
+
+        `SIZE_RATE` then makes their steps larger once, whether an optimizer goes by the size of a gradient or not.
+        """
+        parts = dict(zip(self.optimize, gradient.split(2, dim=-1)))
+        return torch.cat([part / SIZE_RATE if name == 'size' else part for name, part in parts.items()], dim=-1)
 
     def fold(self, moved: torch.Tensor, placement: torch.Tensor) -> torch.Tensor:
         """The placement with what was moved in its place."""
