@@ -246,7 +246,7 @@ def test_spacings_that_are_none(spacing, error, says):
 
 def test_sizes_are_for_patch_and_have_an_argument_of_their_own():
     images = torch.rand(1, 3, 16, 20)
-    with pytest.raises(ValueError, match=r"spacing=2\.0 is for convention='patch'"):
+    with pytest.raises(ValueError, match=r"spacing=2\.0 sizes windows, but under convention='spot'"):
         sample_windows(images, torch.rand(1, 3, 2), 4, 'spot', spacing=2.)
     with pytest.raises(ValueError, match=r'shape \(1, N, 2\) or \(N, 2\), got \(1, 3, 3\): spacings are given by'):
         sample_windows(images, torch.rand(1, 3, 3), 4)
