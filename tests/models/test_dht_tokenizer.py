@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import label
 
 import timm_spot
-from timm_spot.models.dht_tokenizer import RowwiseLinear
+from timm_spot.ops.regions.features import region_means
 
 EDGE_CASES = ('constant_32x32', 'two_flat_halves_32x32', 'noise_5x7', 'no_level_2x3', 'one_level_32x32')
 
@@ -183,30 +183,6 @@ def test_as_few_regions_as_pixels_asked_for():
     assert regions.counts.tolist() == [1] and regions.levels == []
 
 
-def test_rows_do_not_depend_on_their_number():
-    """The guarantee that an image's regions do not depend on its batch: a matrix product fails this for one row."""
-    torch.manual_seed(0)
-    linear, rows = RowwiseLinear(8, 3), torch.randn(1000, 8)
-    whole = linear(rows)
-    for n in (1, 2, 3, 7, 8, 9, 31, 64, 999):
-        assert torch.equal(linear(rows[:n]), whole[:n])
-        assert torch.equal(linear(rows[-n:]), whole[-n:])
-    torch.testing.assert_close(whole, torch.nn.functional.linear(rows, linear.weight, linear.bias))
-
-
-def test_rows_are_summed_in_the_order_of_their_channels():
-    """A matrix product fuses multiplication and addition, and orders them, as the processor and the size suggest."""
-    torch.manual_seed(0)
-    linear, rows = RowwiseLinear(8, 3), torch.randn(1000, 8)
-    with torch.no_grad():
-        for row, out in zip(rows[:50], linear(rows)):
-            for weight, bias, value in zip(linear.weight, linear.bias, out):
-                total = row[0] * weight[0]
-                for i in range(1, 8):
-                    total = total + row[i] * weight[i]
-                assert (total + bias).item() == value.item()
-
-
 @pytest.mark.filterwarnings('ignore:.*torch.jit.trace:FutureWarning')
 @pytest.mark.parametrize('way', ['jit', 'export', 'fx'])
 def test_a_graph_of_it_is_refused_in_words(way, released):
@@ -229,7 +205,7 @@ def test_images_without_pixels_are_refused(released):
     (dict(cmp=float('nan')), 'cmp=nan'), (dict(iota=0.), 'iota=0.0 must be positive'),
     (dict(iota=float('inf')), 'iota=inf'), (dict(center=-0.1), r'center=-0.1 must lie in \[0, 1\]'),
     (dict(min_avg_region=-1), 'min_avg_region=-1'), (dict(inference_target_coeff=0), 'inference_target_coeff=0'),
-    (dict(in_chans=1), 'in_chans=1'),
+    (dict(in_chans=1), 'in_chans=1'), (dict(merge='largest'), "merge='largest' is unknown"),
 ])
 def test_wrong_settings(settings, match):
     with pytest.raises(ValueError, match=match):
@@ -259,11 +235,57 @@ def test_released_keys_with_and_without_prefix(released):
         assert torch.equal(tokenizer.varproj.weight, released.varproj.weight)
 
 
-def test_gradient_activation_at_and_off_zero():
-    activation = make_tokenizer('released_64x64').gradact
-    with torch.no_grad():
-        activation.lmbda.copy_(torch.tensor([2., -2.]).view(2, 1, 1))
-    x = torch.tensor([0., 0.5, -1.]).expand(1, 2, 1, 3)
-    out = activation(x)
-    torch.testing.assert_close(out[0, 0, 0], torch.asinh(2 * x[0, 0, 0]) / torch.asinh(torch.tensor(2.)))
-    torch.testing.assert_close(out[0, 1, 0], torch.sinh(x[0, 0, 0] * torch.asinh(torch.tensor(-2.))) / -2.)
+@pytest.fixture
+def ward(released):
+    weights = released.state_dict()
+    tokenizer = timm_spot.HierarchicalTokenizer(hid_ch=8, cmp=0.01, compute_grad=True, merge='ward')
+    return tokenizer.load_authors(weights).eval()
+
+
+@pytest.mark.parametrize('target', [1, 2, 30, 400, 2000, 24 * 33])
+@torch.no_grad()
+def test_ward_gives_the_budget_exactly_whatever_the_batch(target, ward):
+    images = torch.randn(3, 3, 24, 33, generator=torch.Generator().manual_seed(0))
+    images[1] = 0.3  # one flat image among noise
+    together = ward(images, target=target)
+    assert together.counts.tolist() == [min(target, 24 * 33)] * 3
+    for i in range(3):
+        alone, ids = ward(images[i:i + 1], target=target), together.segmentation[i]
+        assert torch.equal(ids - ids.min(), alone.segmentation[0])
+        assert all(label(ids == k)[1] == 1 for k in ids.unique()[:50])
+
+
+@torch.no_grad()
+def test_ward_keeps_what_matters(ward, released):
+    """On a picture of an object and specks: the error that is left is smaller, and no token is a speck."""
+    image = load('released_96x128')[0]['image']
+    error, specks = {}, {}
+    for name, tokenizer in (('ward', ward), ('keepers', released)):
+        regions = tokenizer(image, target=100, strict=True)
+        means = region_means(image, regions.segmentation, regions.sizes)
+        error[name] = (image[0].flatten(1) - means[:, regions.segmentation.flatten()]).square().mean().item()
+        specks[name] = (regions.sizes <= 4).float().mean().item()
+    assert error['ward'] < 0.8 * error['keepers']
+    assert specks['ward'] <= 0.01
+
+
+def test_ward_lets_gradients_through(ward):
+    images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    ward.train()(images, target=12).injected.square().sum().backward()
+    learned = [*ward.conv.parameters(), *ward.linear.parameters()]
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in learned)
+
+
+def test_weights_tell_the_rule_that_they_were_made_with(ward, released):
+    """Those of earlier versions and of the authors tell none: they were made with keepers."""
+    settings = dict(hid_ch=8, cmp=0.01, compute_grad=True)
+    assert timm_spot.HierarchicalTokenizer().merge == 'keepers'
+    assert set(ward.state_dict()) - set(released.state_dict()) == {'by_ward'}
+    for made in (ward, released):
+        for merge in (None, 'ward', 'keepers'):
+            tokenizer = timm_spot.HierarchicalTokenizer(merge=merge, **settings)
+            tokenizer.load_state_dict(made.state_dict())
+            assert tokenizer.merge == (merge or made.merge)
+            again = timm_spot.HierarchicalTokenizer(**settings)
+            again.load_state_dict(tokenizer.state_dict())
+            assert again.merge == tokenizer.merge

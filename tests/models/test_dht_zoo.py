@@ -26,8 +26,10 @@ def vit():
         'vit_tiny_patch16_224', img_size=64, patch_size=8, norm_layer=partial(nn.LayerNorm, eps=1e-5), **TINY)
 
 
-def create(**overlay):
-    return timm.create_model('dht_vit_pico_patch8_64', pretrained=True, pretrained_cfg_overlay=overlay, **TINY).eval()
+def create(pre_norm=None, **overlay):
+    settings = TINY if pre_norm is None else dict(TINY, pre_norm=pre_norm)
+    return timm.create_model(
+        'dht_vit_pico_patch8_64', pretrained=True, pretrained_cfg_overlay=overlay, **settings).eval()
 
 
 @pytest.mark.parametrize('form', ['state_dict', 'safetensors', 'training', 'parallel'])
@@ -71,6 +73,40 @@ def test_what_was_chosen_is_saved(vit, tmp_path):
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     images = torch.randn(1, 3, 32, 32)
     assert torch.equal(again(images), model(images))
+
+
+@torch.no_grad()
+def test_how_regions_merge_goes_by_the_weights(vit, tmp_path):
+    """A ViT's know no regions: by Ward. Those made with the authors' rule tell nothing and keep it."""
+    images = torch.randn(1, 3, 32, 32)
+    for given, merge in ((None, 'ward'), ('keepers', 'keepers')):
+        settings = {} if given is None else dict(tokenizer=dict(merge=given))
+        model = timm.create_model(
+            'dht_vit_pico_patch8_64', pretrained=True, pretrained_cfg_overlay=dict(state_dict=vit.state_dict()), **TINY,
+            **settings).eval()
+        assert model.patch_embed.tokenizer.merge == merge
+        file = tmp_path / f'{merge}.safetensors'
+        save_file(model.state_dict(), file)
+        pretrained = create(file=str(file), pre_norm=False)
+        plain = timm.create_model('dht_vit_pico_patch8_64', pre_norm=False, **TINY).eval()
+        assert plain.patch_embed.tokenizer.merge == 'keepers'
+        plain.load_state_dict(model.state_dict())
+        for again in (pretrained, plain):
+            assert again.patch_embed.tokenizer.merge == merge
+            assert torch.equal(again(images), model(images))
+    other = timm.create_model(
+        'dht_vit_pico_patch8_64', pretrained=True, tokenizer=dict(merge='ward'), pre_norm=False,
+        pretrained_cfg_overlay=dict(file=str(file)), **TINY)
+    assert other.patch_embed.tokenizer.merge == 'ward'  # what is asked for comes before what the weights tell
+
+
+@torch.no_grad()
+def test_merging_by_ward_keeps_a_budget_exactly():
+    model = timm.create_model('dht_vit_pico_patch8_64', n_tokens=50, tokenizer=dict(merge='ward'), **TINY).eval()
+    images = torch.randn(2, 3, 64, 64)
+    images[1] = 0.
+    features = model.forward_features(images)
+    assert features.regions.counts.tolist() == [50, 50] and features.mask.all()
 
 
 def test_features_only_chooses_as_well(vit):

@@ -31,6 +31,7 @@ _AUTHORS_NAMES = (
 )
 _AUTHORS_HANDLED = ('embedder.proj.weight', 'embedder.cls_token', 'tokenizer.gradient.kernel')
 _AUTHORS_NEEDED = ('embedder.cls_token', 'extractor.pixel_mask_token')
+BY_WARD = 'by_ward'  # among a tokenizer's weights where it merges by Ward's criterion
 _ENTRIES = ('state_dict_ema', 'model_ema', 'state_dict', 'model')  # of training checkpoints, in timm's order
 
 
@@ -71,6 +72,11 @@ def lacks_pre_norm(keys: Iterable[str]) -> bool:
     return _is_vit(keys) and 'norm_pre.weight' not in keys
 
 
+def merges_by_ward(keys: Iterable[str]) -> bool:
+    """Whether a model with weights of these keys merges by Ward's criterion: made so, or of a ViT, to be fine-tuned."""
+    return _is_vit(keys) or f'patch_embed.tokenizer.{BY_WARD}' in keys
+
+
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     """Turn any known checkpoint into one of `model`'s keys; the model stays as it is.
 
@@ -97,6 +103,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
             "this checkpoint is none of: a timm_spot dHT model (has 'patch_embed.pixel_token'), the authors' dHT (has "
             "'embedder.proj.weight'), a timm VisionTransformer (has 'patch_embed.proj.weight'). "
             f"Its first keys are {', '.join(map(repr, list(state_dict)[:5])) or 'none at all'}.")
+    out = _name_merge(out, model)
     has_norm = 'norm_pre.weight' in out
     if has_norm == isinstance(model.norm_pre, nn.Identity):
         raise ValueError(
@@ -104,6 +111,16 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
             f'pre_norm={has_norm}. timm.create_model(..., pretrained=True) does so for a ViT where pre_norm= is not '
             'given.')
     return out
+
+
+def _name_merge(state_dict: StateDict, model: nn.Module) -> StateDict:
+    """Let weights name the rule of merging that the model was built with: given by the caller, or theirs."""
+    key = f'patch_embed.tokenizer.{BY_WARD}'
+    if (key in state_dict) == (key in model.state_dict()):
+        return state_dict
+    if key in state_dict:
+        return {k: v for k, v in state_dict.items() if k != key}
+    return {**state_dict, key: torch.ones(())}
 
 
 def _from_authors(state_dict: StateDict, model: nn.Module) -> StateDict:

@@ -12,17 +12,22 @@ from numbers import Integral
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ..ops.regions.budget import merge_to_budget
+from ..ops.regions.budget import Tokens, merge_to_budget
 from ..ops.regions.criteria import check_criterion
 from ..ops.regions.features import inject_means, scharr_gradient
-from ..ops.regions.graph import sum_channels
-from ..ops.regions.hierarchy import Hierarchy, build_hierarchy
-from .dht_checkpoint import check_finite, find_tensors
+from ..ops.regions.graph import sum_groups
+from ..ops.regions.hierarchy import Hierarchy, Pieces, build_hierarchy
+from ..ops.regions.vertices import vertices_for_budget
+from ..ops.regions.ward import merge_by_ward
+from .dht_checkpoint import BY_WARD, check_finite, find_tensors
+from .dht_layers import GradientActivation, PixelFeatures, RowwiseLinear
 
 _GRADIENT_KERNEL = 'gradient.kernel'  # a constant among the released keys
+_MERGES = ('keepers', 'ward')
+# Variance of a normalised pixel, rounded to 8 bits: no two regions are known to be nearer than that.
+_ROUNDING = 3 * (1 / 255 / 0.226) ** 2 / 12
 
 
 @dataclass
@@ -30,7 +35,7 @@ class Regions:
     """Regions of B images, N in all; ids run across the batch, those of an image are contiguous.
 
     Attributes:
-        pieces: Best regions before the merge to the budget, (B, H, W) int64 ids.
+        pieces: What merges to the budget, best regions or with merge='ward' vertices of a level, (B, H, W) int64 ids.
         segmentation: Tokens, (B, H, W) int64 ids 0..N - 1, by their first pixel.
         injected: Images with each region's mean replaced by its predicted colour, (B, H, W, 3).
         boxes: (4, N): ymin, xmin, ymax, xmax, inclusive.
@@ -58,65 +63,12 @@ class Regions:
         return self.hierarchy.segmentations((B, H, W))
 
 
-class RowwiseLinear(nn.modules.linear.NonDynamicallyQuantizableLinear):
-    """nn.Linear of rows (n, C), each on its own: a matrix product rounds differently for other numbers of rows.
-
-    Quantisation passes it by: a few dozen weights save nothing, and the regions would move.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Channels first, as the values of vertices lie: the transposes move nothing.
-        return (sum_channels(self.weight.T[:, :, None] * x.T[:, None]) + self.bias[:, None]).T
-
-
-class PixelFeatures(nn.Module):
-    """Per-pixel features: a pointwise branch and one of two strided convolutions, (B, 3, H, W) to (B, C, H, W)."""
-
-    def __init__(self, in_chans: int, hid_ch: int, device: torch.device | None = None) -> None:
-        super().__init__()
-        self.ds = nn.Sequential(nn.Conv2d(in_chans, hid_ch, 1, device=device), nn.BatchNorm2d(hid_ch, device=device))
-        self.cv = nn.Sequential(
-            nn.Conv2d(in_chans, 4 * hid_ch, 2, stride=2, device=device),
-            nn.BatchNorm2d(4 * hid_ch, device=device),
-            nn.SiLU(),
-            nn.Conv2d(4 * hid_ch, hid_ch, 2, stride=2, device=device),
-            nn.BatchNorm2d(hid_ch, device=device),
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            return self._features(x)
-        # The algorithm of a convolution, and with it the last bit, depends on the batch size: take images one by one.
-        return torch.cat([self._features(image) for image in x.split(1)])
-
-    def _features(self, x: torch.Tensor) -> torch.Tensor:
-        H, W = x.shape[-2:]
-        padded = F.pad(x, (0, -W % 4, 0, -H % 4), mode='replicate')
-        coarse = F.interpolate(self.cv(padded), scale_factor=4, mode='bilinear', align_corners=True)
-        return F.silu(self.ds(x) + coarse[..., :H, :W])
-
-
-class GradientActivation(nn.Module):
-    """Bends gradients by one number per axis: asinh above zero, sinh below, nothing at zero."""
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        super().__init__()
-        self.lmbda = nn.Parameter(torch.zeros(2, 1, 1, device=device))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            bend = self.lmbda.to(x.dtype)
-            safe = torch.where(bend == 0, torch.ones_like(bend), bend)
-            bent = torch.where(safe > 0, (safe * x).asinh() / safe.abs().asinh(), (x * safe.asinh()).sinh() / safe)
-            return torch.where(bend == 0, x, bent)
-
-
 class HierarchicalTokenizer(nn.Module):
     """Differentiable hierarchical tokenizer: images (B, 3, H, W) of any size to `Regions`.
 
-    Deterministic in eval mode, where an image's regions do not depend on its batch. In train mode the pieces kept apart
-    by the budget are drawn at random, from torch's global generator, and batch norm sees the batch. Runs in float32
-    (or float64) whatever the autocast.
+    Deterministic in eval mode, where an image's regions do not depend on its batch. In train mode batch norm sees the
+    batch, and with merge='keepers' the pieces kept apart by the budget are drawn at random, from torch's global
+    generator. Runs in float32 (or float64) whatever the autocast.
 
     Args:
         hid_ch: Channels of the pixel features.
@@ -129,9 +81,12 @@ class HierarchicalTokenizer(nn.Module):
         use_varproj: Predict a vertex's similarity to itself from its variances.
         inference_target_coeff: Default budget in eval mode is round(sqrt(H * W) / inference_target_coeff).
         in_chans: Image channels, 3.
+        merge: How regions merge to a budget. 'ward': those whose union loses least, from small ones, to exactly the
+            budget. 'keepers', the authors': the smallest of the best regions stay, others join the neighbour most like
+            them. By default what the weights were made with, 'keepers' where they do not tell.
 
     Raises:
-        ValueError: Unknown criterion, a setting out of its range.
+        ValueError: Unknown criterion or rule, a setting out of its range.
     """
 
     def __init__(
@@ -146,10 +101,13 @@ class HierarchicalTokenizer(nn.Module):
             use_varproj: bool = True,
             inference_target_coeff: float = 0.56,
             in_chans: int = 3,
+            merge: str | None = None,
             device: torch.device | None = None,
     ) -> None:
         super().__init__()
         check_criterion(criterion)
+        if merge not in (None, *_MERGES):
+            raise ValueError(f"merge={merge!r} is unknown, use one of {', '.join(map(repr, _MERGES))}.")
         for name, value, suits, rule in (
                 ('hid_ch', hid_ch, hid_ch >= 1, 'be at least 1'),
                 ('cmp', cmp, 0. <= cmp <= 1., 'lie in [0, 1]'),
@@ -171,6 +129,8 @@ class HierarchicalTokenizer(nn.Module):
         self.linear = RowwiseLinear(hid_ch, in_chans, device=device)
         self.varproj = RowwiseLinear(hid_ch, 1, device=device) if use_varproj else None
         self.gradact = GradientActivation(device) if compute_grad else None
+        self._merge_is_open = merge is None
+        self._set_merge(merge or 'keepers')
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -180,6 +140,22 @@ class HierarchicalTokenizer(nn.Module):
             nn.init.constant_(self.varproj.bias, -2. * math.pi)
         if self.gradact is not None:
             nn.init.zeros_(self.gradact.lmbda)
+
+    def _set_merge(self, merge: str) -> None:
+        self.merge = merge
+        if merge == 'ward':  # so that weights tell what they were made with; those of earlier versions have no such key
+            self.register_buffer(BY_WARD, torch.ones((), device=self.linear.weight.device))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Let weights decide on the rule of merging where none was given."""
+        key = f'{prefix}{BY_WARD}'
+        if key in state_dict and self._merge_is_open and self.merge != 'ward':
+            self._set_merge('ward')
+        if self.merge == 'ward':
+            state_dict.setdefault(key, torch.ones(()))
+        else:
+            state_dict.pop(key, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         """Keep the weights in float32 where the model around them is cast to half precision."""
@@ -246,9 +222,10 @@ class HierarchicalTokenizer(nn.Module):
         Args:
             images: (B, 3, H, W), normalised with ImageNet's mean and standard deviation.
             target: Tokens of an image, by default round(sqrt(H * W) / 0.56), in train mode round(sqrt(H * W)). An
-                image with fewer pieces keeps those.
-            strict: Exactly `target`; otherwise usually a few more.
-            boost: Factor on the potential between a piece that is kept and one that is not; 1 in the released weights.
+                image with fewer pieces (pixels, with merge='ward') keeps those.
+            strict: Exactly `target`, as merge='ward' always does; otherwise usually a few more.
+            boost: With merge='keepers' the factor on the potential between a piece that is kept and one that is not; 1
+                in the released weights.
             max_levels: Most levels, by default ceil(log2(sqrt(H * W))).
             generator: For the random choice in train mode.
 
@@ -266,12 +243,17 @@ class HierarchicalTokenizer(nn.Module):
             raise ValueError(f'boost={boost} must be finite and not negative.')
         with torch.autocast(images.device.type, enabled=False):
             images = images.to(self._dtype)
-            hierarchy = self.build(self.conv(images), max_levels)
-            pieces = hierarchy.pieces
+            features = self.conv(images)
+            hierarchy = self.build(features, max_levels)
+            by_ward = self.merge == 'ward'
+            pieces = vertices_for_budget(hierarchy, features, target) if by_ward else hierarchy.pieces
             colors = self.linear(pieces.features.T).T
-            tokens = merge_to_budget(
-                colors, pieces.sizes, pieces.boxes, pieces.image, pieces.edges, target, strict, boost,
-                random=self.training, generator=generator)
+            if by_ward:
+                tokens = self._merge_by_ward(images, pieces, colors, target)
+            else:
+                tokens = merge_to_budget(
+                    colors, pieces.sizes, pieces.boxes, pieces.image, pieces.edges, target, strict, boost,
+                    random=self.training, generator=generator)
             segmentation = tokens.parent.index_select(0, pieces.segmentation.flatten()).view_as(pieces.segmentation)
             gradient = None if self.gradact is None else self.gradact(scharr_gradient(images))
             return Regions(
@@ -286,6 +268,15 @@ class HierarchicalTokenizer(nn.Module):
                 gradient=gradient,
                 hierarchy=hierarchy,
             )
+
+
+    @staticmethod
+    def _merge_by_ward(images: torch.Tensor, pieces: Pieces, colors: torch.Tensor, target: int) -> Tokens:
+        n = len(pieces.sizes)
+        tokens = Tokens(
+            torch.arange(n, device=images.device), colors, pieces.sizes, pieces.boxes, pieces.image, pieces.edges)
+        pixels = images.detach().transpose(0, 1).flatten(1).double()
+        return merge_by_ward(tokens, sum_groups(pixels, pieces.segmentation.flatten(), n), target, _ROUNDING)
 
 
 def check_budget(name: str, n_tokens: Any) -> None:

@@ -19,7 +19,7 @@ from timm.models import (
 from torch import nn
 
 from ._timm import update_model_args
-from .dht_checkpoint import checkpoint_filter_fn, lacks_pre_norm
+from .dht_checkpoint import checkpoint_filter_fn, lacks_pre_norm, merges_by_ward
 from .dht_vit import DhtVisionTransformer
 from .download import check_source, prefer_file
 from .loading import build_checked
@@ -60,7 +60,9 @@ def create_dht_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> Dht
     """Build a dHT ViT from timm's keywords, as entrypoints do.
 
     `pre_norm` is on unless given, or unless the weights are those of a ViT that has no norm before its blocks: any norm
-    would change what they read. A saved model keeps what was chosen.
+    would change what they read. Unless `tokenizer=dict(merge=...)` says how, regions merge by Ward's criterion where
+    the weights were made so or are a ViT's, which knows no regions, else by the authors' rule. A saved model keeps what
+    was chosen.
     """
     cfg = resolve_pretrained_cfg(
         variant, kwargs.pop('pretrained_cfg', None), prefer_file(kwargs.pop('pretrained_cfg_overlay', None)))
@@ -74,6 +76,9 @@ def create_dht_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> Dht
         checked = check_source(cfg, kwargs.get('cache_dir'))
         if 'pre_norm' not in kwargs and lacks_pre_norm(checked.keys):
             chosen['pre_norm'] = False
+        tokenizer = kwargs.get('tokenizer') or {}
+        if 'merge' not in tokenizer and merges_by_ward(checked.keys):
+            chosen['tokenizer'] = {**tokenizer, 'merge': 'ward'}
     defaults = dict(pre_norm=True, init_values=0.1, norm_layer=partial(nn.LayerNorm, eps=1e-5))
     model = build_checked(
         DhtVisionTransformer,

@@ -90,8 +90,22 @@ def _merge_once(
         potential = torch.where(one_keeper, (potential * boost).clamp(0., 1.), potential)
     choice = best_neighbours(tokens.edges, potential, potential.new_full((n,), -1.))
     parent, first = number_groups(choice_components(torch.where(keeper, ids, choice)))
+    return join_tokens(tokens, parent, first)
+
+
+def join_tokens(tokens: Tokens, parent: torch.Tensor, first: torch.Tensor) -> Tokens:
+    """Tokens made of others.
+
+    Args:
+        tokens: N of them.
+        parent: (N,) number 0..M - 1 of what each becomes part of.
+        first: (M,) the smallest member of each.
+
+    Returns:
+        M tokens whose `parent` is the one given.
+    """
     m = len(first)
-    sizes = torch.zeros(m, dtype=torch.long, device=ids.device).scatter_add_(0, parent, tokens.sizes)
+    sizes = torch.zeros(m, dtype=torch.long, device=parent.device).scatter_add_(0, parent, tokens.sizes)
     colors = sum_groups(tokens.colors * tokens.sizes, parent, m) / sizes
     # A token of one piece keeps its colour to the last bit, so that an image that had few enough is left as it was.
     single = torch.bincount(parent, minlength=m) == 1
