@@ -141,5 +141,5 @@ def test_sizes_are_refused_and_not_dropped():
     with pytest.raises(ValueError, match=r'positions of shape \(1, 8, 4\) must be \(y, x\) alone: the decoder'):
         model(images, torch.rand(1, 8, 4))
     model.encoder.set_placement(coverage=1.)
-    with pytest.raises(ValueError, match='at coverage=1.0 asks for sizes'):
+    with pytest.raises(ValueError, match=r'at coverage=1\.0 asks for sizes'):
         model(images)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from timm_spot.ops.sizes import (
-    add_sizes,
     SIZE_NODES,
+    add_sizes,
     cell_spacing,
     check_coverage,
     check_n_coarse,

@@ -25,7 +25,7 @@ from .spot_config import SpotPretrainedCfg
 
 __all__ = ['Reconstruction', 'SubpixelMAE']
 
-_SINGLE_PIXELS = 'the decoder reconstructs windows of single pixels, pretrain without coverage and add sizes afterwards.'
+_SINGLE_PIXELS = 'the decoder reconstructs windows of single pixels, pretrain without coverage and add sizes later.'
 
 
 class Reconstruction(NamedTuple):

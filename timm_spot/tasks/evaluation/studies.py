@@ -83,7 +83,7 @@ class Trial:
         return draw_placements(self.model, images, sampler, n_tokens, maps, torch.arange(len(images)), seed=0)
 
     def random_patches(self, n_tokens: int) -> torch.Tensor:
-        """Placements (B, N, 2) on centres of patches, drawn for each image; with sizes (B, N, 4), by their neighbours."""
+        """Placements (B, N, 2) on centres of patches, drawn for each image; with sizes (B, N, 4), by distances."""
         images, (rows, columns), window = self.images, self.grid, self.model.patch_embed.window
         size = tuple(images.shape[-2:])
         centres = sample_positions('grid', rows * columns, size, window=window)[0]
