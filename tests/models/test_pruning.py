@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.models import save_for_hf
 from timm.models._features_fx import get_notrace_modules
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 from torchvision.models.feature_extraction import NodePathTracer
@@ -27,6 +24,7 @@ BACKBONES = {
     'registers, no class token': dict(class_token=False, reg_tokens=2, global_pool='avg'),
     'LayerScale and qk_norm': dict(init_values=0.5, qk_norm=True),
 }
+DROPPING = [name for name, scorer in SCORERS.items() if not scorer.merges]
 
 
 def backbone(**kwargs):
@@ -64,7 +62,7 @@ def test_keep_rate_1_gives_the_logits_of_the_backbone(kind, scorer):
 
 
 @pytest.mark.parametrize('kind', BACKBONES)
-@pytest.mark.parametrize('scorer', SCORERS)
+@pytest.mark.parametrize('scorer', DROPPING)
 @torch.no_grad()
 def test_masking_gives_the_logits_of_dropping(kind, scorer):
     model = timm_spot.sparsify(backbone(**BACKBONES[kind]), keep_rate=0.6, scorer=scorer)
@@ -97,7 +95,7 @@ def test_tokens_that_are_masked_are_judged_as_those_that_are_dropped(kind, read,
     assert (masked.logits - model(x)).abs().max() < 1e-5  # sums in another order
 
 
-@pytest.mark.parametrize('scorer', SCORERS)
+@pytest.mark.parametrize('scorer', DROPPING)
 @torch.no_grad()
 def test_an_image_does_not_depend_on_its_neighbours(scorer):
     model = timm_spot.sparsify(backbone(), keep_rate=0.5, scorer=scorer)
@@ -108,7 +106,7 @@ def test_an_image_does_not_depend_on_its_neighbours(scorer):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 100), st.sampled_from(list(SCORERS)))
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 100), st.sampled_from(DROPPING))
 def test_every_count(rows, columns, percent, scorer):
     vit = backbone(img_size=(8 * rows, 8 * columns))
     model = timm_spot.sparsify(vit, keep_rate=percent / 100, stages=(1, 2), scorer=scorer)
@@ -283,59 +281,6 @@ def test_wrong_arguments(keywords, error, message):
     with pytest.raises(error, match=message):
         timm_spot.sparsify(vit, **keywords)
     assert type(vit) is VisionTransformer
-
-
-@torch.no_grad()
-def test_another_scorer_on_the_same_backbone(tmp_path):
-    vit, x = backbone(), images()
-    model = timm_spot.sparsify(vit, keep_rate=0.5, stages=(1, 3), read='all')
-    for scorer in ('received-attention', 'random'):
-        model.set_scorer(scorer, scorer_seed=3)
-        expected = timm_spot.sparsify(vit, 0.5, (1, 3), scorer, scorer_seed=3)
-        assert torch.equal(model(x), expected(x))
-    assert set(model.state_dict()) == set(vit.state_dict())
-    with pytest.raises(ValueError, match="scorer='relevance' needs trained predictors"):
-        model.set_scorer('relevance')
-    with pytest.raises(ValueError, match="scorer='cls' is unknown"):
-        model.set_scorer('cls')
-
-
-@torch.no_grad()
-def test_a_copy_at_another_keep_rate_shares_the_weights_and_leaves_the_model_alone():
-    model, x = timm_spot.sparsify(backbone(), keep_rate=0.5, stages=(1, 3), read='all'), images()
-    logits, names = model(x), set(model.state_dict())
-    half, drawn = model.pruned(keep_rate=0.25), model.pruned(scorer='random', scorer_seed=3)
-    assert [index.shape[1] for index in half.kept_tokens(x)] == [4, 1] and half.predictors is model.predictors
-    assert torch.equal(drawn(x), timm_spot.sparsify(backbone(), 0.5, (1, 3), 'random', scorer_seed=3)(x))
-    assert torch.equal(drawn.pruned(scorer_seed=4)(x), model.pruned(scorer='random', scorer_seed=4)(x))
-    assert drawn.blocks is model.blocks and not drawn.predictors
-    assert (model.keep_rate, model.scorer, set(model.state_dict())) == (0.5, 'relevance', names)
-    assert torch.equal(model(x), logits) and torch.equal(model.pruned()(x), logits)
-    assert torch.equal(model.pruned(scorer='relevance')(x), logits)
-    with pytest.raises(ValueError, match="scorer='relevance' needs trained predictors"):
-        drawn.pruned(scorer='relevance')
-    with pytest.raises(ValueError, match='keep_rate=2 must be'):
-        model.pruned(keep_rate=2)
-    assert model.keep_rate == 0.5
-
-
-def test_a_copy_saves_its_own_settings(tmp_path):
-    model = timm.create_model('relevance_deit_tiny_patch16_224', depth=2, img_size=32, keep_rate=0.5)
-    save_for_hf(model.pruned(0.25, 'random', 5), str(tmp_path / 'copy'), safe_serialization=True)
-    save_for_hf(model, str(tmp_path / 'model'), safe_serialization=True)
-    copied, own = (
-        json.loads((tmp_path / name / 'config.json').read_text())['model_args'] for name in ('copy', 'model'))
-    assert (copied['keep_rate'], copied['scorer'], copied['scorer_seed']) == (0.25, 'random', 5)
-    assert own['keep_rate'] == 0.5 and 'scorer' not in own
-
-
-def test_a_keep_rate_set_as_an_attribute_is_checked_and_used():
-    model = timm_spot.sparsify(backbone(), scorer='norm')
-    model.keep_rate = 0.25
-    assert [index.shape[1] for index in model.kept_tokens(images())] == [4, 1, 1]
-    with pytest.raises(ValueError, match='keep_rate=0 must be'):
-        model.keep_rate = 0
-    assert model.keep_rate == 0.25
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from timm_spot.models.merging import Carried
 from timm_spot.models.pruning_passes import drop_tokens, make_plan, mask_tokens
 
 
@@ -64,14 +65,14 @@ def test_tokens_fall_in_front_of_the_block_and_prefix_tokens_never(vit):
     # Block 0 does nothing, so that the norms of stage 1 are known.
     for p in (*vit.blocks[0].attn.proj.parameters(), *vit.blocks[0].mlp.fc2.parameters()):
         p.zero_()
-    dropped = drop_tokens(vit, x, make_plan(4, (1, 3), 'norm'), counts=(4, 2), take=(0, 3))
+    dropped = drop_tokens(vit, Carried(x), make_plan(4, (1, 3), 'norm'), counts=(4, 2), take=(0, 3))
     assert dropped.kept[0].tolist() == [[1, 2, 3, 5]]  # ascending
     assert torch.equal(seen[1], x[:, [0, 1, 3, 4, 5, 7]])
     assert [s.shape[1] for s in seen] == [8, 6, 6, 4]
     assert set(dropped.kept[1][0].tolist()) < {1, 2, 3, 5} and dropped.kept[1].shape == (1, 2)
     left = [2 + [1, 2, 3, 5].index(i) for i in dropped.kept[1][0].tolist()]
     torch.testing.assert_close(seen[3], vit.blocks[2](seen[2])[:, [0, 1, *left]])
-    assert torch.equal(dropped.tokens, dropped.taken[1]) and torch.equal(dropped.taken[0], seen[0])
+    assert torch.equal(dropped.last.tokens, dropped.taken[1].tokens) and torch.equal(dropped.taken[0].tokens, seen[0])
 
 
 @torch.no_grad()
@@ -80,12 +81,13 @@ def test_of_equally_good_tokens_the_first_stay(vit):
         p.zero_()
     x = tokens(1, 1, 1, 1, 1)
     x[:, 2:] = x[:, 2:3]  # the very same, so that no rounding tells them apart
-    assert drop_tokens(vit, x, make_plan(4, (1,), 'norm'), counts=(3,)).kept[0].tolist() == [[0, 1, 2]]
+    assert drop_tokens(vit, Carried(x), make_plan(4, (1,), 'norm'), counts=(3,)).kept[0].tolist() == [[0, 1, 2]]
 
 
 @torch.no_grad()
 def test_stages_of_a_random_scorer_draw_for_their_own_count(vit):
-    dropped = drop_tokens(vit, tokens(*range(1, 9)), make_plan(4, (1, 2), 'random', scorer_seed=3), counts=(4, 2))
+    plan = make_plan(4, (1, 2), 'random', scorer_seed=3)
+    dropped = drop_tokens(vit, Carried(tokens(*range(1, 9))), plan, counts=(4, 2))
     # random.Random(3): .238 .544 .370 .604 .626 .066 .013 .837; of four .238 .544 .370 .604
     assert dropped.kept[0].tolist() == [[1, 3, 4, 7]]
     assert dropped.kept[1].tolist() == [[3, 7]]
@@ -94,8 +96,26 @@ def test_stages_of_a_random_scorer_draw_for_their_own_count(vit):
 @torch.no_grad()
 def test_only_the_blocks_asked_for_run(vit):
     x = tokens(*range(1, 9))
-    dropped = drop_tokens(vit, x, make_plan(4, (1, 3), 'norm'), counts=(4, 2), n_blocks=2)
-    assert len(dropped.kept) == 1 and dropped.tokens.shape == (1, 2 + 4, 8)
+    dropped = drop_tokens(vit, Carried(x), make_plan(4, (1, 3), 'norm'), counts=(4, 2), n_blocks=2)
+    assert len(dropped.kept) == 1 and dropped.last.tokens.shape == (1, 2 + 4, 8)
+
+
+@torch.no_grad()
+def test_tokens_are_merged_and_dropped_on_one_way(vit):
+    """Block 1 merges two of eight, then three of the six left stay, and block 2 merges one of them."""
+    vit.blocks[0].attn.proj.weight.zero_()
+    x = Carried(tokens(*range(1, 9)), sources=torch.arange(8)[None])
+    dropped = drop_tokens(vit, x, make_plan(4, (2,), 'norm', r=(0, 2, 1, 0)), (3,), merges={1: 2, 2: 1}, take=(0, 1, 2))
+    assert [taken.tokens.shape[1] for taken in dropped.taken] == [10, 8, 4]
+    assert [taken.sizes is None for taken in dropped.taken] == [True, False, False]
+    for taken, held in zip(dropped.taken[1:], (8, None)):
+        counts = torch.bincount(taken.sources[taken.sources >= 0], minlength=taken.tokens.shape[1] - 2)
+        assert counts.tolist() == taken.sizes[0, 2:].tolist() and taken.sizes[0, :2].tolist() == [1, 1]
+        assert held is None or counts.sum() == held
+    best = dropped.taken[1].tokens[0, 2:].norm(dim=1).topk(3).indices
+    assert dropped.kept[0][0].tolist() == sorted(best.tolist())
+    assert (dropped.last.sources < 0).sum() == 8 - dropped.taken[1].sizes[0, 2 + best].sum()
+    assert torch.equal(dropped.last.sizes, dropped.taken[2].sizes)
 
 
 @torch.no_grad()

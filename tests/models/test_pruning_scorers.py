@@ -51,7 +51,8 @@ def test_what_is_observed_by_hand():
 
 
 def test_what_each_reads():
-    assert {name: (s.reads, s.needs_training, s.draws) for name, s in SCORERS.items()} == {
+    assert [name for name, s in SCORERS.items() if s.merges] == ['merge']
+    assert {name: (s.reads, s.needs_training, s.draws) for name, s in SCORERS.items() if not s.merges} == {
         'relevance': ('chosen', True, False), 'random': ('', False, True), 'norm': ('', False, False),
         'cls-attention': ('last', False, False), 'received-attention': ('last', False, False)}
     with pytest.raises(ValueError, match="scorer='cls' is unknown, use one of relevance, random, norm"):

@@ -1,8 +1,9 @@
-"""Reading the attention of a block: its matrix, and the block's output with some tokens masked as keys.
+"""Reading the attention of a block: its matrix, its keys, and the block's output with some tokens masked as keys.
 
 timm's attention layers hand their matrix, after the softmax, to their dropout, unless they use fused attention, which
 never forms it. So a shallow copy of the block, of the same weights, runs step by step with an `AttentionTap` in place
 of each dropout. The block itself stays as it is, and so does whatever hangs on its modules (hooks, adapters, pruning).
+Keys are read in the same way, by a `KeyTap` in place of their norm; attention stays fused then.
 """
 from __future__ import annotations
 
@@ -68,17 +69,43 @@ def _tap(module: nn.Module, keys: torch.Tensor | None, taps: list[AttentionTap])
     return shallow_copy(module, **children) if children else module
 
 
+class KeyTap(nn.Module):
+    """Stands in for the norm of an attention layer's keys, and keeps what it gives: the keys (B, heads, L, d).
+
+    Args:
+        norm: The layer's own.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.keys: torch.Tensor | None = None
+
+    def forward(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys (B, heads, L, d), normalised where the layer does so."""
+        self.keys = self.norm(keys)
+        return self.keys
+
+
+def tap_keys(layer: nn.Module) -> tuple[nn.Module, KeyTap]:
+    """A copy of one of timm's attention layers, of the same weights, that shows its keys, and their tap."""
+    tap = KeyTap(layer.k_norm)
+    return shallow_copy(layer, k_norm=tap), tap
+
+
 def read_block(
         block: nn.Module,
         x: torch.Tensor,
         keys: torch.Tensor | None = None,
+        attn_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (B, L, D) of a block on tokens (B, L, D), and the attention (B, heads, L, L) of its first attention layer.
 
-    With `keys` it is the output that the tokens kept would have without the others, see `mask_keys`.
+    With `keys` it is the output that the tokens kept would have without the others, see `mask_keys`; `attn_mask` is the
+    block's own argument.
     """
     tapped, taps = tap_attention(block, keys)
-    x = tapped(x)
+    x = tapped(x) if attn_mask is None else tapped(x, attn_mask=attn_mask)
     return x, taps[0].matrix
 
 

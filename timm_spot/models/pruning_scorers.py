@@ -48,13 +48,17 @@ class Scorer:
         score: Scores (B, n) of the tokens `Judged`: those with the largest stay.
         needs_training: Whether the model has a `RelevancePredictor` for each stage.
         draws: Whether its scores are drawn, by the model's `scorer_seed`.
+        sums: Whether what it saw of tokens that are merged since adds up; else it is averaged as they are.
+        merges: Whether no token is judged, and tokens become fewer by merging alone.
     """
 
     reads: str
     observe: Callable[[torch.Tensor, int, bool, torch.Tensor | None], torch.Tensor] | None
-    score: Callable[[Judged], torch.Tensor]
+    score: Callable[[Judged], torch.Tensor] | None
     needs_training: bool = False
     draws: bool = False
+    sums: bool = False
+    merges: bool = False
 
 
 def _predict(judged: Judged) -> torch.Tensor:
@@ -78,8 +82,9 @@ SCORERS: dict[str, Scorer] = {
     'relevance': Scorer('chosen', attention_statistics, _predict, needs_training=True),
     'random': Scorer('', None, _draw, draws=True),
     'norm': Scorer('', None, _measure_norm),
-    'cls-attention': Scorer('last', class_attention, _take_seen),
-    'received-attention': Scorer('last', received_attention, _take_seen),
+    'cls-attention': Scorer('last', class_attention, _take_seen, sums=True),
+    'received-attention': Scorer('last', received_attention, _take_seen, sums=True),
+    'merge': Scorer('', None, None, merges=True),
 }
 
 

@@ -1,4 +1,4 @@
-"""Any timm ViT, a subpixel one too, turned into one that drops the image tokens that matter least.
+"""Any timm ViT, a subpixel one too, turned into one that drops the image tokens that matter least, or merges some.
 
 Paper: `SPOT: SParsification with attentiOn dynamics via Token relevance in Vision Transformers` -
 https://arxiv.org/abs/2511.10488
@@ -36,7 +36,7 @@ class RelevanceVisionTransformer(TokenPruning, VisionTransformer):
             is_causal: bool = False,
     ) -> torch.Tensor:
         """Images (B, C, H, W) to the tokens left after the last block, (B, prefix + count, D)."""
-        if not self.drops:
+        if not self.reduces:
             return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
         check_no_mask(attn_mask, is_causal)
         return self.forward_dropped(self._embed(x))
@@ -51,6 +51,9 @@ class RelevanceVisionTransformer(TokenPruning, VisionTransformer):
         if self.masks:
             check_no_mask(attn_mask, is_causal)
             return self.forward_masked(x).logits
+        if self.merges:
+            check_no_mask(attn_mask, is_causal)
+            return self.join_predictors(self.forward_merged(self._embed(x)))
         return self.join_predictors(self.forward_head(self.forward_features(x, attn_mask, is_causal)))
 
 
@@ -65,7 +68,7 @@ class RelevanceSubpixelVisionTransformer(TokenPruning, SubpixelVisionTransformer
             is_causal: bool = False,
     ) -> torch.Tensor:
         """Images (B, C, H, W), placed as `positions` say, to the tokens left after the last block."""
-        if not self.drops:
+        if not self.reduces:
             return super().forward_features(x, positions, attn_mask=attn_mask, is_causal=is_causal)
         check_no_mask(attn_mask, is_causal)
         return self.forward_dropped(self._embed(x, positions))
@@ -81,6 +84,9 @@ class RelevanceSubpixelVisionTransformer(TokenPruning, SubpixelVisionTransformer
         if self.masks:
             check_no_mask(attn_mask, is_causal)
             return self.forward_masked(x, positions=positions).logits
+        if self.merges:
+            check_no_mask(attn_mask, is_causal)
+            return self.join_predictors(self.forward_merged(self._embed(x, positions)))
         logits = self.forward_head(self.forward_features(x, positions, attn_mask, is_causal))
         return self.join_predictors(logits)
 
@@ -98,22 +104,26 @@ def sparsify(
         scorer: str = 'relevance',
         read: str = 'last',
         scorer_seed: int = 0,
+        r: int | Sequence[int] | None = None,
         **model_keywords: Any,
 ) -> RelevanceVisionTransformer | RelevanceSubpixelVisionTransformer:
     """Turn any timm VisionTransformer, or a subpixel one, into one that drops the tokens that matter least.
 
     In front of the block of stage s (counted from 1) the keep_rate ** s * N most relevant of N image tokens stay.
-    The predictors of scorer='relevance' are fresh and have to be trained; the other scorers are ready.
+    The predictors of scorer='relevance' are fresh and have to be trained; the other scorers are ready. With
+    scorer='merge' tokens that are alike are merged instead, with `r` beside another scorer, as well.
 
     Args:
         vit: Name of a timm model, or an instance, which is not changed.
         keep_rate: Share of the tokens that each stage keeps, in (0, 1]; at 1 the result gives `vit`'s logits.
         stages: Indices of the blocks in front of which tokens fall; by default a quarter, a half and three quarters of
             the depth (3, 6, 9 of 12).
-        scorer: 'relevance', 'cls-attention', 'received-attention', 'norm' or 'random', see `TokenPruning`.
+        scorer: 'relevance', 'cls-attention', 'received-attention', 'norm', 'random' or 'merge', see `TokenPruning`.
         read: Whose attention the predictors see: that of the 'last' block before the stage, or of 'all' since the
             previous one. A block that is read leaves fused attention.
         scorer_seed: Of the scorer 'random'.
+        r: How many tokens each block merges, or a list of one number for each block; without it scorer='merge' merges
+            as many as the keep rate asks.
         **model_keywords: For a name, what `timm.create_model` takes, such as `pretrained=True`.
 
     Returns:
@@ -121,7 +131,7 @@ def sparsify(
 
     Raises:
         ValueError: A model that is no such ViT (the message says why), keep_rate outside (0, 1], stages out of order
-            or past the depth, an unknown scorer.
+            or past the depth, an unknown scorer, an `r` that does not fit the blocks.
         TypeError: A keyword that an instance cannot take any more.
 
     Example:
@@ -129,6 +139,9 @@ def sparsify(
         >>> model = timm_spot.sparsify('vit_tiny_patch16_224', keep_rate=0.5, scorer='cls-attention').eval()
         >>> [index.shape[1] for index in model.kept_tokens(torch.rand(1, 3, 224, 224))]
         [98, 49, 25]
+        >>> model = timm_spot.sparsify('vit_tiny_patch16_224', scorer='merge', r=8).eval()
+        >>> model.forward_features(torch.rand(1, 3, 224, 224)).shape  # a class token, and 8 fewer from 12 blocks
+        torch.Size([1, 101, 192])
     """
     if isinstance(vit, str):
         vit = create_checked(vit, **model_keywords)
@@ -139,7 +152,7 @@ def sparsify(
     else:
         _check_backbone(vit)
         vit = copy.deepcopy(vit)
-    pruning = dict(keep_rate=keep_rate, stages=stages, scorer=scorer, read=read, scorer_seed=scorer_seed)
+    pruning = dict(keep_rate=keep_rate, stages=stages, scorer=scorer, read=read, scorer_seed=scorer_seed, r=r)
     return sparsify_in_place(vit, **pruning)
 
 

@@ -24,8 +24,8 @@ from torch import nn
 
 from .download import prefer_file
 from .loading import build_checked, resolve_checked
-from .pruning import pop_pruning
 from .pruning_scorers import get_scorer
+from .pruning_settings import pop_pruning
 from .pruning_vit import RelevanceSubpixelVisionTransformer, RelevanceVisionTransformer, sparsify_in_place
 from .spot_checkpoint import checkpoint_filter_fn, keep_fresh
 from .spot_config import SpotPretrainedCfg, cfg_from_timm, resolve_cfg, timm_cfg

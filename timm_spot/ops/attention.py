@@ -167,16 +167,25 @@ def keep_top(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Indices (B, count), ascending, of the largest of scores (B, N); of equal ones the first are taken.
 
     Raises:
+        ValueError: As `rank_tokens`.
+    """
+    return rank_tokens(scores, count).sort(dim=1).values
+
+
+def rank_tokens(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices (B, count) of the largest of scores (B, N), the largest first; of equal ones the first comes first.
+
+    Raises:
         ValueError: A score is NaN or infinite. (Not checked while a graph is captured, nor on the meta device.)
     """
     if not (scores.is_meta or torch.compiler.is_compiling()) and not scores.isfinite().all():
         image = scores.isfinite().all(dim=1).logical_not().nonzero()[0].item()
         raise ValueError(
-            f'the relevance of tokens of image {image} is NaN or infinite, because its attention is: look for NaN in '
+            f'the score of tokens of image {image} is NaN or infinite, because its attention is: look for NaN in '
             'that image and in the weights.')
     if torch.onnx.is_in_onnx_export():  # has no stable sort, but a TopK that takes the first of equal ones
-        return scores.topk(count, dim=1).indices.sort(dim=1).values
-    return scores.argsort(dim=1, descending=True, stable=True)[:, :count].sort(dim=1).values
+        return scores.topk(count, dim=1).indices
+    return scores.argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 def gather_tokens(x: torch.Tensor, index: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:

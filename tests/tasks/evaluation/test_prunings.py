@@ -26,6 +26,20 @@ def test_a_model_that_drops_tokens_has_its_own_way_and_a_dense_one_has_none(dens
     assert list_prunings(dense, [], []) == [] == list_prunings(dense, [], [0.5])
 
 
+def test_a_model_that_merges_has_its_own_numbers_or_a_keep_rate(dense):
+    merging = timm_spot.sparsify(dense, scorer='merge', r=3)
+    own, = list_prunings(merging, [], [])
+    assert (own.scorer, own.keep_rate, own.r, own.model_at(0).r) == ('merge', None, '3', (3, 3, 3, 3))
+    merging.set_merging([3, 0, 1, 1])
+    assert own.r == '3 0 1 1'
+    found = list_prunings(merging, ['merge', 'norm'], [0.7])
+    assert described(found) == [('merge', 0.7), ('norm', 0.7)] and [p.r for p in found] == ['', '']
+    assert [p.model_at(0).reduces for p in found] == [True, True]
+    both, = list_prunings(timm_spot.sparsify(dense, 0.6, scorer='norm', r=2), [], [])
+    assert (both.scorer, both.keep_rate, both.r) == ('norm', 0.6, '2')
+    assert described(list_prunings(dense, ['merge'], [0.5])) == [('merge', 0.5)]
+
+
 def test_each_scorer_at_each_keep_rate_but_those_without_their_predictors(dense):
     scorers, rates = ['relevance', 'random'], [1., 0.5]
     trained = timm_spot.sparsify(dense, stages=(1, 3))

@@ -9,7 +9,7 @@ ROW = Row('sampler', 'digits', 'f6ce', 'validation', 'pico', '7fc4', 'grid', 9, 
 
 def test_columns_tell_rows_apart_and_are_complete():
     assert set(KEY) == set(vars(ROW)) and Row.from_cells(ROW.to_cells()) == ROW
-    for name, value in dict(kind='placer', settings='34cd', seeds=(0,), keep_rate=0.5, n_tokens=None).items():
+    for name, value in dict(kind='placer', settings='34cd', seeds=(0,), keep_rate=0.5, n_tokens=None, r='8 0').items():
         other = Row(**{**vars(ROW), name: value})
         assert Row.from_cells(other.to_cells()) == other != ROW
 
@@ -19,7 +19,7 @@ def test_columns_tell_rows_apart_and_are_complete():
     ('as it is', 'as it is')])
 def test_version_0_1_told_kinds_by_names(sampler, kind):
     cells = dict(ROW.to_cells(), sampler=sampler)
-    del cells['kind'], cells['settings']
+    del cells['kind'], cells['settings'], cells['r']
     found = Row.from_cells(cells)
     assert (found.kind, found.settings, found.competes) == (kind, '', kind != 'oracle')
     # Rows of today say it themselves.
@@ -34,3 +34,4 @@ def test_a_number_that_is_none():
 def test_a_title_names_model_placement_and_pruning():
     assert ROW.title == 'pico, grid, 9 tokens'
     assert Row(**{**vars(ROW), 'scorer': 'norm', 'keep_rate': 0.5}).title == 'pico, grid, 9 tokens, norm at 0.5'
+    assert Row(**{**vars(ROW), 'scorer': 'merge', 'r': '8'}).title == 'pico, grid, 9 tokens, merge, r 8'

@@ -210,6 +210,21 @@ def test_scorers_and_keep_rates_agree_with_a_count_of_our_own(folder, saved_vit,
     assert '| scorer | keep 1.0: top-1 | keep 0.5: top-1 |' in table and '| relevance, 64 as it is |' in table
 
 
+def test_a_model_that_merges_has_a_row_of_its_own_and_one_for_each_keep_rate(folder, saved_vit, tmp_path):
+    model = timm_spot.sparsify(timm.create_model(saved_vit, pretrained=True).eval(), scorer='merge', r=5)
+    timm.models.save_for_hf(model, tmp_path / 'merging')
+    name = f"local-dir:{tmp_path / 'merging'}"
+    for arguments in ((), ('--scorers', 'merge', '--keep-rates', '0.7')):
+        result = evaluate(folder, name, tmp_path / 'out', *arguments)
+        assert result.exit_code == 0, result.output
+    own, rate = rows(tmp_path / 'out')
+    assert (own['scorer'], own['keep_rate'], own['r']) == ('merge', '', '5')
+    assert (rate['scorer'], rate['keep_rate'], rate['r']) == ('merge', '0.7', '')
+    assert float(own['gflops']) != float(rate['gflops'])
+    table = (tmp_path / 'out' / 'results.md').read_text()
+    assert '| scorer | keep 0.7: top-1 | merged: top-1 |' in table and '| merge, r 5, 64 as it is |' in table
+
+
 def test_placed_tokens_are_dropped(folder, saved, tmp_path):
     scorers = ('--scorers', 'received-attention', '--keep-rates', '1,0.5')
     result = evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS, *scorers)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...models.merging import Carried
 from ...models.pruning_passes import drop_tokens, make_plan
 from ...models.subpixel_embed import SubpixelEmbed
 from ...ops.attention import gather_tokens
@@ -57,7 +58,7 @@ def top_k(vit: nn.Module, images: torch.Tensor, n_tokens: int) -> torch.Tensor:
     _check_budget(n_tokens, x.shape[1] - vit.num_prefix_tokens)
     depth = len(vit.blocks)
     plan = make_plan(depth, stages=(depth // 4 + 1,), scorer='cls-attention')
-    return vit.norm(drop_tokens(vit, x, plan, counts=(n_tokens,)).tokens)
+    return vit.norm(drop_tokens(vit, Carried(x), plan, counts=(n_tokens,)).last.tokens)
 
 
 class LowRes:

@@ -76,7 +76,8 @@ def _plan(common: Dict[str, str], model: nn.Module, way: Way, request: Request) 
     dropped: Dict[str, Any] = {}
     if pruning is not None:
         dropped = dict(
-            scorer=pruning.scorer, keep_rate=float(pruning.keep_rate), stages=tuple(pruning.model.stages))
+            scorer=pruning.scorer, keep_rate=None if pruning.keep_rate is None else float(pruning.keep_rate),
+            stages=tuple(pruning.model.stages), r=pruning.r)
     row = Row(
         kind=way.kind, sampler=_printable(way.sampler), n_tokens=way.n_tokens, seeds=seeds if way.stochastic else (),
         saliency=_printable(way.saliency), knn=_printable(request.knn.key) if request.knn and way.has_knn else '',

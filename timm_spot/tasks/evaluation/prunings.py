@@ -1,4 +1,4 @@
-"""The scorers and keep rates at which an evaluation drops a model's tokens."""
+"""The scorers and keep rates at which an evaluation drops or merges a model's tokens."""
 from __future__ import annotations
 
 import dataclasses
@@ -16,16 +16,22 @@ KEEP_RATES = (1., 0.9, 0.7, 0.5)
 
 @dataclasses.dataclass(frozen=True)
 class Pruning:
-    """One scorer at one keep rate, of a model that others may share."""
+    """One scorer at one keep rate, of a model that others may share; without one it merges as the model's `r` says."""
 
     model: TokenPruning
     scorer: str
-    keep_rate: float
+    keep_rate: float | None
 
     @property
     def stochastic(self) -> bool:
         """Whether the tokens that fall are drawn."""
         return SCORERS[self.scorer].draws
+
+    @property
+    def r(self) -> str:
+        """How many tokens each block merges, one number where it is the same for all; '' where nothing fixes it."""
+        r = self.model_at(0).r
+        return '' if r is None else ' '.join(str(n) for n in (r[:1] if len(set(r)) == 1 else r))
 
     def model_at(self, seed: int) -> TokenPruning:
         """The model at this scorer and keep rate, sharing its weights; `seed` is that of a scorer that draws."""
@@ -57,7 +63,9 @@ def list_prunings(model: nn.Module, scorers: Sequence[str], keep_rates: Sequence
         ValueError: A model that cannot be sparsified (the message says why).
     """
     if isinstance(model, TokenPruning):
-        keep_rates = keep_rates or (KEEP_RATES if scorers else (model.keep_rate,))
+        if not scorers and not keep_rates:
+            by_number = model.plan.merges_alone and model.r is not None
+            return [Pruning(model, model.scorer, None if by_number else model.keep_rate)]
         scorers = scorers or (model.scorer,)
     usable = [scorer for scorer in scorers if _can_use(model, scorer)]
     if usable and not isinstance(model, TokenPruning):

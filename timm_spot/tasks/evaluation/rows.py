@@ -17,11 +17,11 @@ BASELINE = 'baseline'  # other ways to spend fewer tokens on the same weights
 METRICS = ('top1', 'top5', 'nll', 'ece', 'knn_top1')
 KEY = (
     'data', 'data_sha', 'split', 'model', 'weights', 'sampler', 'n_tokens', 'scorer', 'keep_rate', 'stages', 'seeds',
-    'saliency', 'knn', 'amp', 'kind', 'settings', 'coverage')
+    'saliency', 'knn', 'amp', 'kind', 'settings', 'coverage', 'r')
 COLUMNS = (
     *KEY, 'images', 'skipped', *(f'{m}{suffix}' for m in METRICS for suffix in ('', '_se', '_se_seeds')), 'gflops')
 SPEED_COLUMNS = (*KEY, 'images_per_s')
-NEW_COLUMNS = ('kind', 'settings', 'coverage')  # files of earlier versions lack some
+NEW_COLUMNS = ('kind', 'settings', 'coverage', 'r')  # files of earlier versions lack some
 
 _BASELINES_BEFORE = ('patch-drop', 'low-res', 'top-k')  # those of version 0.1
 
@@ -39,8 +39,8 @@ class Row:
         weights: Digest of its weights.
         sampler: Name in the table of how the tokens came about: a sampler, a baseline, 'oracle isotropic', ...
         n_tokens: Budget, where there is one.
-        scorer: What tokens were dropped by; '' where none were.
-        keep_rate: Share that each stage kept.
+        scorer: What tokens were dropped or merged by; '' where none were.
+        keep_rate: Share that each stage kept; None where `r` alone says how many were merged.
         stages: Blocks in front of which tokens fell.
         seeds: Of what was drawn; none where nothing was.
         saliency: Where maps came from, where there were any.
@@ -49,6 +49,7 @@ class Row:
         settings: Digest of what else determines the figures: the model's configuration, a folder of maps. '' in a row
             of version 0.1, which does not say.
         coverage: Share of its cell that a window covers; None for windows of single pixels.
+        r: How many tokens each block merged, one number where it is the same for all; '' where the keep rate said it.
     """
 
     kind: str
@@ -68,6 +69,7 @@ class Row:
     amp: str = ''
     settings: str = ''
     coverage: Optional[float] = None
+    r: str = ''
 
     @property
     def competes(self) -> bool:
@@ -83,7 +85,13 @@ class Row:
     def title(self) -> str:
         """What people call it."""
         parts = [self.model, self.placement, f'{self.n_tokens} tokens' if self.n_tokens is not None else '']
-        return ', '.join(filter(None, [*parts, f'{self.scorer} at {self.keep_rate}' if self.scorer else '']))
+        rate = '' if self.keep_rate is None else f' at {self.keep_rate}'
+        return ', '.join(filter(None, [*parts, f'{self.scorer_name}{rate}']))
+
+    @property
+    def scorer_name(self) -> str:
+        """The scorer, and how many tokens each block merged where that is fixed."""
+        return f'{self.scorer}, r {self.r}' if self.r else self.scorer
 
     def to_cells(self) -> Dict[str, str]:
         """Values of `KEY`."""
@@ -98,7 +106,8 @@ class Row:
         """
         values = dict(
             {name: cells[name] for name in KEY if name not in NEW_COLUMNS},
-            kind=cells.get('kind') or _kind_of(cells['sampler']), settings=cells.get('settings', ''))
+            kind=cells.get('kind') or _kind_of(cells['sampler']),
+            **{name: cells.get(name, '') for name in ('settings', 'r')})
         return cls(**dict(
             values,
             n_tokens=int(cells['n_tokens']) if cells['n_tokens'] else None,

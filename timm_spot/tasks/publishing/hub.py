@@ -176,7 +176,9 @@ def add_results(card: str, results: str) -> str:
     for row in rows:
         name = row['sampler'] + (f", coverage {row['coverage']}" if row.get('coverage') else '')
         if row.get('scorer'):
-            name += f", {row['scorer']} at keep rate {row['keep_rate']}"
+            name += f", {row['scorer']}"
+            name += f" at keep rate {row['keep_rate']}" if row['keep_rate'] else ''
+            name += f", r {row['r']}" if row.get('r') else ''
         budgets = cells.setdefault(name, {})
         if int(row['n_tokens']) in budgets:
             raise ValueError(f"{RESULTS} names {name} at {row['n_tokens']} tokens twice.")

@@ -60,6 +60,7 @@ KEYWORDS: dict[str, Rule] = {
     **dict.fromkeys(('eval_coverage',), _COVERAGE),
     **dict.fromkeys(('seed', 'scorer_seed'), _whole(0, 2**63 - 1)),
     **dict.fromkeys(('stages',), _one_or_more(0, 1024, 1024)),
+    **dict.fromkeys(('r',), _one_or_more(0, MAX_TOKENS, 1024)),
     **dict.fromkeys(('mlp_ratio', 'init_values'), _number(0, 1000)),
     **dict.fromkeys(('keep_rate',), _number(0, 1)),
     **dict.fromkeys((

@@ -42,8 +42,8 @@ BY_BUDGET = Grouping(
     lambda result: result.row.n_tokens, lambda row: row.placement, 'placement',
     lambda n: 'all' if n is None else str(n), False, 'n_tokens')
 BY_KEEP_RATE = Grouping(
-    lambda result: result.row.keep_rate, lambda row: f'{row.scorer}, {_shown(row.n_tokens)} {row.placement}', 'scorer',
-    lambda rate: f'keep {rate}', True, 'gflops')
+    lambda result: result.row.keep_rate, lambda row: f'{row.scorer_name}, {_shown(row.n_tokens)} {row.placement}',
+    'scorer', lambda rate: 'merged' if rate is None else f'keep {rate}', True, 'gflops')
 
 
 def groups(results: Sequence[Result]) -> List[Tuple[Grouping, List[Result]]]:
@@ -102,7 +102,7 @@ def html_details(results: Sequence[Result]) -> str:
     lines = [['placement', 'tokens', *(TITLES[name] for name in measured)]]
     for by, group in groups(results):
         for result in group:
-            keep = f', keep {result.row.keep_rate}' if by is BY_KEEP_RATE else ''
+            keep = f', {by.title(result.row.keep_rate)}' if by is BY_KEEP_RATE else ''
             line = [html.escape(label(result, group, by) + keep), _shown(result.row.n_tokens)]
             lines.append(line + [_detail(result, name) for name in measured])
     return _html(lines)
