@@ -57,7 +57,7 @@ _DEFAULT_SPARSE_MODEL = f'relevance_{DEFAULT_MODEL}'
 @click.option('--knn-temperature', type=POSITIVE, default=0.07, show_default=True)
 @click.option('--baselines', type=Items(click.STRING), default='', help='Any of patch-drop,low-res,top-k.')
 @click.option('--scorers', type=Items(click.STRING), default='', help='Also drop tokens by any of relevance (of a '
-              'model with trained predictors), cls-attention, received-attention, norm, random, or merge them by merge.')
+              'model with trained predictors), cls-attention, received-attention, norm, random; merge merges them.')
 @click.option('--keep-rates', type=Items(SHARE), default='', show_default='1,0.9,0.7,0.5',
               help='Shares of the tokens that each stage keeps.')
 @click.option('--coverages', type=Items(COVERAGE), default='', show_default='that of each model',
