@@ -18,6 +18,7 @@ from .models.placement import list_placers as list_placers
 from .models.placement import register_placer as register_placer
 from .models.prior import Prior as Prior
 from .models.pruning_vit import sparsify as sparsify
+from .models.spot_placer import add_placer as add_placer
 from .models.spot_retrofit import retrofit as retrofit
 from .ops.placements import sample_positions as sample_positions
 from .ops.saliency import spectral_residual as spectral_residual

@@ -116,6 +116,13 @@ def test_float32_is_precise_at_a_peak():
         place_by_density(lattice, maps), place_by_density(lattice, maps.double()).float(), rtol=0, atol=2e-5)
 
 
+def test_autocast_leaves_coordinates_alone():
+    maps, lattice = density(9, 9, dtype=torch.float32), isotropic(25, (64, 64))
+    with torch.autocast('cpu', torch.bfloat16):
+        placed = place_by_density(lattice, maps)
+    assert torch.equal(placed, place_by_density(lattice, maps))
+
+
 def test_each_density_stands_alone():
     maps = density(9, 9, batch=3, dtype=torch.float32)
     lattice = isotropic(25, (64, 64))

@@ -1,4 +1,5 @@
 """Subpixel ViTs, dHT ViTs and ViTs that drop tokens as timm models; importing this package registers them."""
+from . import density_placer as density_placer
 from . import dht_zoo as dht_zoo
 from . import pruning_zoo as pruning_zoo
 from . import spot_mae as spot_mae

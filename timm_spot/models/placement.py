@@ -21,7 +21,7 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from ..ops.placements import sample_placement
-from ..ops.samplers import derive_seed, get_sampler, lattice_shape
+from ..ops.samplers import derive_seed, get_sampler, lattice_shape, split_sampler
 from ..ops.sizes import check_coverage
 from ._shallow import shallow_copy
 from .prior import ImageSize, Prior, compute_saliency
@@ -83,6 +83,24 @@ def _(
         n_coarse: Optional[int], device: torch.device, columns: int,
 ) -> torch.Tensor:
     return torch.empty(1, n_tokens, columns, dtype=torch.float32, device=device)
+
+
+def fixed_placement(
+        sampler: str,
+        n_tokens: int,
+        image_size: ImageSize,
+        window: int,
+        device: torch.device,
+        seed: int = 0,
+        coverage: float = 0.,
+        n_coarse: int | None = None,
+) -> torch.Tensor:
+    """`sample_placement` of a sampler without a look at the image, kept for each size: (1, N, 2), or (1, N, 4)."""
+    arguments = (window, seed, coverage, n_coarse, device)
+    if torch.compiler.is_dynamo_compiling():
+        columns = 2 if coverage == 0. and not split_sampler(sampler)[0] else 4
+        return _placement_operator(sampler, n_tokens, image_size[0], image_size[1], *arguments, columns)
+    return _fixed_placement(sampler, n_tokens, image_size, *arguments)
 
 
 @register_notrace_module
@@ -216,10 +234,10 @@ class SampledPlacer(Placer):
         if not get_sampler(prior.sampler).deterministic or (self.training and prior.draws_budget):
             return None
         n_tokens = operator.index(self.budget(image_size))
-        return lattice_shape(
-            _fixed_placement(
-                prior.sampler, n_tokens, image_size, prior.window, prior.seed, self.coverage(), prior.n_coarse,
-                torch.device('cpu'))[..., :2])
+        placement = fixed_placement(
+            prior.sampler, n_tokens, image_size, prior.window, torch.device('cpu'), prior.seed, self.coverage(),
+            prior.n_coarse)
+        return lattice_shape(placement[..., :2])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         (B, _, H, W), prior = images.shape, self.prior
@@ -235,13 +253,9 @@ class SampledPlacer(Placer):
                 raise ValueError(f'saliency of shape {tuple(maps.shape)} does not match a batch of {B} images.')
         elif self.training and not get_sampler(prior.sampler).deterministic:
             positions = sample_placement(prior.sampler, n_tokens, size, B, **sizes)
-        elif torch.compiler.is_dynamo_compiling():
-            positions = _placement_operator(
-                prior.sampler, n_tokens, H, W, prior.window, prior.seed, coverage, prior.n_coarse, images.device,
-                4 if prior.has_sizes else 2)
         else:
-            positions = _fixed_placement(
-                prior.sampler, n_tokens, size, prior.window, prior.seed, coverage, prior.n_coarse, images.device)
+            positions = fixed_placement(
+                prior.sampler, n_tokens, size, prior.window, images.device, prior.seed, coverage, prior.n_coarse)
         return positions.to(images.device).expand(B, -1, -1)
 
 

@@ -8,6 +8,8 @@ differentiated by the density and by the points.
 """
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 
@@ -57,7 +59,9 @@ def place_by_density(lattice: torch.Tensor, density: torch.Tensor) -> torch.Tens
     row = torch.arange(h, dtype=density.dtype, device=density.device)
     # The bins whose centres are next, at the borders the outermost alone.
     weight = 1. - ((y * h - 0.5).clamp(0., h - 1.)[..., None] - row).abs()
-    between = weight.clamp(min=0.) @ density  # B N w
+    # The meta device knows no autocast.
+    with nullcontext() if density.is_meta else torch.autocast(density.device.type, enabled=False):
+        between = weight.clamp(min=0.) @ density  # B N w
     x, width = _invert(between, lattice[:, 1], lattice[:, 3] if lattice.shape[1] == 4 else None)
     return torch.stack([y, x] if height is None or width is None else [y, x, height, width], dim=-1)
 
