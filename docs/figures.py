@@ -15,7 +15,8 @@ from PIL import Image
 
 import timm_spot
 from timm_spot.ops import spectral_residual
-from timm_spot.tasks.drawing.figure import to_picture
+from timm_spot.ops.placements import sample_placement
+from timm_spot.tasks.drawing.figure import GREY, to_picture
 from timm_spot.tasks.pictures.digits import draw_canvases, load_digits, to_input
 from timm_spot.tasks.vectorize import read_picture
 
@@ -43,6 +44,22 @@ def draw_dht() -> None:
     save(timm_spot.draw_hierarchy(photo, [level[0] for level in regions.levels[2:6]])[0, 0].figure, 'hierarchy')
 
 
+def draw_sizes(photo: Image.Image) -> None:
+    """A photograph through 25 tokens: fine windows, a small picture, and what lies between them."""
+    titles = {
+        ('isotropic', 0.): 'SPoT: coverage 0', ('isotropic', 1.): 'a small picture: coverage 1',
+        ('isotropic', 0.5): 'coverage 0.5', ('center', 1.): 'center, coverage 1'}
+    figure, axes = plt.subplots(2, 4, figsize=(12, 6.4), layout='constrained')
+    figure.patch.set_alpha(0.)
+    for (above, below), ((sampler, coverage), title) in zip(axes.T, titles.items()):
+        placement = sample_placement(sampler, 25, (224, 224), coverage=coverage)
+        timm_spot.draw_placement(photo, placement, 16, ax=above)
+        timm_spot.draw_seen(photo, placement, 16, ax=below)
+        above.set_title(title, color=GREY, fontsize='medium')
+    figure.savefig(IMAGES / 'sizes.png', dpi=80)
+    plt.close(figure)
+
+
 def main() -> None:
     matplotlib.use('Agg')
     plt.style.use('default')
@@ -56,6 +73,7 @@ def main() -> None:
     save(timm_spot.draw_seen(photo, positions, 16).figure, 'seen')
     save(timm_spot.draw_priors(photo)[0, 0].figure, 'priors')
 
+    draw_sizes(photo)
     draw_dht()
 
     # The digit on which a search for a better placement of 9 tokens gains most.

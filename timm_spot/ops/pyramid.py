@@ -102,7 +102,7 @@ def _stack(x: torch.Tensor, dim: int, levels: int) -> torch.Tensor:
 def _halve(x: torch.Tensor, dim: int) -> torch.Tensor:
     """Averages of pairs of lines: ten times as fast on a CPU as a mean or a pooling."""
     even, odd = (x[..., i::2, :] if dim == -2 else x[..., i::2] for i in range(2))
-    return (even + odd) * 0.5
+    return (even + odd).mul_(0.5)
 
 
 def _padded(length: int, levels: range) -> int:
@@ -145,8 +145,11 @@ def sized_windows(
     # Inductor loses itself in copies of copies whose sides it does not know; to it they are one operator.
     compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
     pyramid = _operator(images, levels.start, levels.stop) if compiled else build_pyramid(images, levels)
-    samples = _SymmetricLattice.apply(pyramid, *lines)  # B C N 2k 2k
-    return torch.einsum('bcnuivj,bnuv->bcnij', samples.view(B, C, N, 2, window, 2, window), _corner_weights(share))
+    samples = _SymmetricLattice.apply(pyramid, *lines).view(B, C, N, 2, window, 2, window)
+    weights = _corner_weights(share)[:, None, :, :, :, None, None]  # B 1 N 2 2 1 1
+    # A product of matrices would copy all samples into another order first.
+    parts = [samples[:, :, :, u, :, v] * weights[:, :, :, u, v] for u in range(2) for v in range(2)]
+    return parts[0] + parts[1] + parts[2] + parts[3]
 
 
 def levels_between(spacing: torch.Tensor, image_size: tuple[int, int], window: int) -> range:

@@ -174,6 +174,8 @@ def _read_sized(
     if today is None:
         return sized
     mixed: torch.Tensor = torch.where(plain[..., None, None, None], today.detach(), sized.detach())
+    if not sized.requires_grad:
+        return mixed
     out: torch.Tensor = _WithValue.apply(sized, mixed)
     return out
 

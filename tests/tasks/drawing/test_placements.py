@@ -10,11 +10,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from drawing import place, read_photo, render, spirals
 from PIL import Image
 
 import timm_spot
 from timm_spot.ops import energy
+from timm_spot.ops.placements import sample_placement
 
 pytestmark = pytest.mark.usefixtures('default_style')
 
@@ -178,6 +180,29 @@ def test_nothing_overlaps_and_the_aspect_is_kept(kind, width, height):
             across = min(a.x1, b.x1) - max(a.x0, b.x0)
             down = min(a.y1, b.y1) - max(a.y0, b.y0)
             assert across < 1 or down < 1, (a, b)
+
+
+def test_windows_are_drawn_at_their_size():
+    image, placement = torch.zeros(3, 40, 80), torch.tensor([[0.5, 0.25, 2., 3.], [0.25, 0.75, 1., 1.]])
+    ax = timm_spot.draw_placement(image, placement, 8)
+    large, small = (path.get_extents().bounds for path in ax.collections[0].get_paths())
+    assert large == (20 - 12 - 0.5, 20 - 8 - 0.5, 24, 16) and small == (55.5, 5.5, 8, 8)
+    assert ax.get_title() == f'2 tokens cover {(24 * 16 + 64) / 3200:.0%}'
+    placement = sample_placement('isotropic', 8, (40, 80), window=8, coverage=1.)
+    assert timm_spot.draw_placement(image, placement, 8).get_title() == '8 tokens cover 100%'
+    assert timm_spot.draw_seen(image, placement, 8).get_title() == '100% of the pixels'
+    with pytest.raises(ValueError, match="positions hold spacings, but under convention='spot' windows have one size"):
+        timm_spot.draw_placement(image, placement, 8, convention='spot')
+
+
+def test_what_is_seen_is_as_sharp_as_its_window():
+    image = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(0))
+    # All of it by 8 x 8 samples, 4 x 8 pixels each, and in the middle of it a window of single pixels.
+    placement = torch.tensor([[0.5, 0.5, 1., 1.], [0.5, 0.5, 4., 8.]])
+    seen = torch.from_numpy(timm_spot.draw_seen(image, placement, 8).images[0].get_array()[..., :3].copy())
+    coarse = F.interpolate(F.avg_pool2d(image, (4, 8)), (32, 64), mode='bilinear')[0].permute(1, 2, 0).clone()
+    coarse[12:20, 28:36] = image[0, :, 12:20, 28:36].permute(1, 2, 0)
+    torch.testing.assert_close(seen.float(), coarse, rtol=0., atol=1e-5)
 
 
 def test_an_axes_of_ones_own_is_used():

@@ -41,3 +41,10 @@ def test_windows_lie_where_the_model_reads(convention, window):
     np.testing.assert_allclose(drawn, [window, window], atol=1e-3)
     assert [patch.get_fill() for patch in ax.patches] == [True, False]
     assert ax.get_title() == '2 → 1 tokens'
+
+
+def test_windows_have_their_size():
+    placement = torch.tensor([[0.5, 0.25, 2., 3.], [0.25, 0.75, 1., 1.]])
+    ax = timm_spot.draw_pruning(torch.zeros(3, 40, 80), placement, [torch.tensor([1])], 8)
+    drawn = [(*patch.get_xy(), patch.get_width(), patch.get_height()) for patch in ax.patches]
+    assert drawn == [(7.5, 11.5, 24, 16), (55.5, 5.5, 8, 8)]

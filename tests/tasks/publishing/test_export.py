@@ -36,6 +36,29 @@ def test_written_file_answers_as_the_model(model, tmp_path, name, positions_as_i
     torch.testing.assert_close(answer, model(*inputs.values()), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize('name', ['model.pt2', 'model.onnx'])
+def test_positions_and_sizes_are_an_input(tmp_path, name):
+    torch.manual_seed(0)
+    model = timm.create_model('spot_vit_pico_patch8_64', n_tokens=9, depth=1, num_classes=10, coverage=1.).eval()
+    torch.nn.init.normal_(model.patch_embed.size_proj.weight)
+    assert timm_spot.export_model(model, tmp_path / name, positions_as_input=True) < 1e-4
+    images, placement = torch.randn(4, 3, 64, 64), torch.rand(4, 5, 4)
+    placement[..., 2:] = torch.tensor([0.5, 1., 1.5, 4., 8.])[:, None]  # to windows as large as the picture
+    if name.endswith('.onnx'):
+        inputs = dict(images=images.numpy(), positions=placement.numpy())
+        answer = torch.from_numpy(onnxruntime.InferenceSession(tmp_path / name).run(None, inputs)[0])
+    else:
+        answer = torch.export.load(tmp_path / name).module()(images, placement)
+    torch.testing.assert_close(answer, model(images, placement), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('sampler, coverage', [('center', 0.5), ('coarse+center', 0.)])
+def test_sizes_are_part_of_the_file(tmp_path, sampler, coverage):
+    model = timm.create_model(
+        'spot_vit_pico_patch8_64', n_tokens=9, depth=1, num_classes=10, sampler=sampler, coverage=coverage).eval()
+    assert timm_spot.export_model(model, tmp_path / 'model.onnx') < 1e-4
+
+
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore::DeprecationWarning')  # of timm's exporter
 @pytest.mark.parametrize('use_dynamo', [False, True])
 def test_timm_s_own_onnx_export(model, tmp_path, use_dynamo):

@@ -97,12 +97,16 @@ def _read_back(
 ) -> np.ndarray:
     """The picture (H, W, 3) from the samples of its windows, those of the finest on top."""
     positions, spacing = split_placement(placement.detach().cpu().float().view(1, -1, placement.shape[-1]))
-    pixels = torch.from_numpy(picture).float().permute(2, 0, 1)[None]
-    windows = sample_windows(pixels, positions, window, spacing=spacing)[0]
+    # Around grey: outside of the image a model sees zeros, which are the mean of its pixels.
+    pixels = torch.from_numpy(picture).float().permute(2, 0, 1)[None] - 0.5
+    windows = sample_windows(pixels, positions, window, spacing=spacing)[0] + 0.5
     painted = np.zeros_like(picture)
     for i in np.argsort(-sides.prod(axis=1)):
         inside = [np.flatnonzero(np.abs(np.arange(length) - c) < side / 2)
                   for length, c, side in zip(picture.shape[:2], centres[i], sides[i])]
+        if (sides[i] <= window).all():  # all that there is to see
+            painted[np.ix_(*inside)] = picture[np.ix_(*inside)]
+            continue
         # Samples lie at the centres of k equal parts of the window, as pixels of a small picture do.
         y, x = (torch.from_numpy(2 * (at - c) / side) for at, c, side in zip(inside, centres[i], sides[i]))
         grid = torch.stack(torch.meshgrid(y, x, indexing='ij')[::-1], dim=-1).float()[None]
