@@ -149,7 +149,7 @@ def sized_windows(
     weights = _corner_weights(share)[:, None, :, :, :, None, None]  # B 1 N 2 2 1 1
     # A product of matrices would copy all samples into another order first.
     parts = [samples[:, :, :, u, :, v] * weights[:, :, :, u, v] for u in range(2) for v in range(2)]
-    return parts[0] + parts[1] + parts[2] + parts[3]
+    return torch.stack(parts).sum(dim=0)
 
 
 def levels_between(spacing: torch.Tensor, image_size: tuple[int, int], window: int) -> range:
