@@ -137,7 +137,8 @@ import sys
 import timm, torch, timm_spot
 rank, store, keep_rate, backbone = int(sys.argv[1]), sys.argv[2], float(sys.argv[3]), sys.argv[4]
 torch.manual_seed(0)
-model = timm_spot.sparsify(backbone, keep_rate, img_size=64, depth=4, num_classes=3).train()
+model = timm_spot.sparsify(
+    backbone, keep_rate, scorer=sys.argv[5], r=2, img_size=64, depth=4, num_classes=3).train()
 torch.distributed.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
 try:
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
@@ -160,12 +161,13 @@ finally:
 '''
 
 
-@pytest.mark.parametrize('keep_rate, backbone', [
-    (1., 'vit_tiny_patch16_224'), (0.5, 'vit_tiny_patch16_224'), (1., 'spot_vit_pico_patch8_64')])
-def test_two_processes_train_without_unused_parameters(keep_rate, backbone, tmp_path):
+@pytest.mark.parametrize('keep_rate, backbone, scorer', [
+    (1., 'vit_tiny_patch16_224', 'relevance'), (0.5, 'vit_tiny_patch16_224', 'relevance'),
+    (1., 'spot_vit_pico_patch8_64', 'relevance'), (0.7, 'vit_tiny_patch16_224', 'merge')])
+def test_two_processes_train_without_unused_parameters(keep_rate, backbone, scorer, tmp_path):
     """At keep rate 1 the predictors have no part in the logits."""
     command = [sys.executable, '-c', TWO_PROCESSES]
-    arguments = [str(tmp_path / 'store'), str(keep_rate), backbone]
+    arguments = [str(tmp_path / 'store'), str(keep_rate), backbone, scorer]
     environment = dict(os.environ, OMP_NUM_THREADS='1')
     processes = [
         subprocess.Popen([*command, str(rank), *arguments], env=environment, stderr=subprocess.PIPE, text=True)

@@ -60,6 +60,8 @@ _DEFAULT_SPARSE_MODEL = f'relevance_{DEFAULT_MODEL}'
               'model with trained predictors), cls-attention, received-attention, norm, random; merge merges them.')
 @click.option('--keep-rates', type=Items(SHARE), default='', show_default='1,0.9,0.7,0.5',
               help='Shares of the tokens that each stage keeps.')
+@click.option('--flops', type=Items(SHARE), default='',
+              help="Shares of the dense model's multiply-adds: the keep rate, or how many to merge, is found for each.")
 @click.option('--coverages', type=Items(COVERAGE), default='', show_default='that of each model',
               help='How much of its cell a window covers, from 0 (a pixel a sample) to 1 (windows tile the picture).')
 @click.option('--seeds', type=Items(SEED), default='0', show_default=True,

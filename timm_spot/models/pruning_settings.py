@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from timm.layers import Attention
@@ -16,6 +17,7 @@ from torch import nn
 from ..ops.attention import STATISTICS, check_keep_rate, keep_shares
 from ._shallow import shallow_copy
 from ._timm import update_model_args
+from .pruning_flops import count_multiply_adds, find_keep_rate, find_merges
 from .pruning_passes import make_plan
 from .pruning_predictor import RelevancePredictor
 from .pruning_scorers import get_scorer
@@ -127,6 +129,44 @@ class PruningSettings:
         plan = self.plan
         self.plan = make_plan(len(self.blocks), plan.stages, plan.scorer, plan.read, plan.scorer_seed, r)
         update_model_args(self, r=r if r is None or isinstance(r, int) else list(r))
+
+    def set_flops(self, share: float) -> None:
+        """Have at most this share of the dense model's multiply-adds, at the nominal image size.
+
+        A saved model keeps the change.
+
+        With the scorer 'merge' it sets `r`, as many in each block as nearly as can be; with another the keep rate,
+        beside the `r` that there is.
+
+        Args:
+            share: In (0, 1].
+
+        Raises:
+            ValueError: A share outside (0, 1], or that no schedule reaches.
+
+        Example:
+            >>> import timm_spot
+            >>> model = timm_spot.sparsify('deit_tiny_patch16_224', scorer='merge')
+            >>> model.set_flops(0.6)
+            >>> model.r
+            (13, 13, 13, 13, 12, 12, 12, 12, 12, 12, 12, 12)
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f'share={share} must be greater than 0 and at most 1.')
+        n = self.n_tokens if hasattr(self, 'n_tokens') else self.patch_embed.num_patches
+        count = partial(count_multiply_adds, self, n)
+        limit = share * count(dataclasses.replace(self.plan, r=(0,) * len(self.blocks)), 1.)
+        if self.plan.merges_alone:
+            r = find_merges(lambda r: count(dataclasses.replace(self.plan, r=r), 1.), limit, n, len(self.blocks))
+            if r is not None:
+                return self.set_merging(r)
+        else:
+            keep_rate = find_keep_rate(lambda rate: count(self.plan, rate, self.predictors), limit)
+            if keep_rate is not None:
+                return self.set_keep_rate(keep_rate)
+        raise ValueError(
+            f'share={share}: scorer={self.scorer!r} cannot have so few multiply-adds at {n} tokens and '
+            f'stages={self.stages}.')
 
     def set_scorer(self, scorer: str, scorer_seed: int = 0) -> None:
         """Judge tokens by a scorer that needs no training; predictors and `r` go. A saved model keeps the change.

@@ -5,6 +5,7 @@ import timm
 import torch
 
 import timm_spot
+from timm_spot.models.pruning_flops import count_multiply_adds
 from timm_spot.tasks.evaluation.prunings import KEEP_RATES, check_prunings, list_prunings
 
 
@@ -38,6 +39,22 @@ def test_a_model_that_merges_has_its_own_numbers_or_a_keep_rate(dense):
     both, = list_prunings(timm_spot.sparsify(dense, 0.6, scorer='norm', r=2), [], [])
     assert (both.scorer, both.keep_rate, both.r) == ('norm', 0.6, '2')
     assert described(list_prunings(dense, ['merge'], [0.5])) == [('merge', 0.5)]
+
+
+def test_shares_of_the_multiply_adds_have_a_rate_of_their_own(dense):
+    found = list_prunings(dense, ['merge', 'norm'], [0.9], [0.7])
+    assert [(p.scorer, p.keep_rate, p.share) for p in found[::2]] == [('merge', 0.9, None), ('norm', 0.9, None)]
+    merged, dropped = found[1::2]
+    assert (merged.keep_rate, merged.share, dropped.share, dropped.r) == (None, 0.7, 0.7, '')
+    assert merged.r == '10 10 10 9' and 0 < dropped.keep_rate < 0.9
+    for pruning in (merged, dropped):
+        model = pruning.model_at(0)
+        cost = count_multiply_adds(model, 64, model.plan, model.keep_rate)
+        assert 0.6 < cost / count_multiply_adds(dense_of(model), 64, dense_of(model).plan, 1.) <= 0.7
+
+
+def dense_of(model):
+    return model.pruned(1., 'norm')
 
 
 def test_each_scorer_at_each_keep_rate_but_those_without_their_predictors(dense):
@@ -77,4 +94,8 @@ def test_what_no_model_can_use_is_refused(dense):
     ):
         with pytest.raises(ValueError, match=message):
             check_prunings(models, scorers, rates)
+    with pytest.raises(ValueError, match=r'flops=0\.6 need scorers'):
+        check_prunings(models, [], [], [0.6])
+    with pytest.raises(ValueError, match=r'flops=1\.5 must be greater than 0'):
+        check_prunings(models, ['norm'], [], [1.5])
     check_prunings(dict(dense=dense, sparse=timm_spot.sparsify(dense)), ['relevance'], [0.5])

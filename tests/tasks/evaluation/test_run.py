@@ -214,15 +214,18 @@ def test_a_model_that_merges_has_a_row_of_its_own_and_one_for_each_keep_rate(fol
     model = timm_spot.sparsify(timm.create_model(saved_vit, pretrained=True).eval(), scorer='merge', r=5)
     timm.models.save_for_hf(model, tmp_path / 'merging')
     name = f"local-dir:{tmp_path / 'merging'}"
-    for arguments in ((), ('--scorers', 'merge', '--keep-rates', '0.7')):
+    for arguments in ((), ('--scorers', 'merge', '--keep-rates', '0.7'), ('--scorers', 'merge,norm', '--flops', '0.8')):
         result = evaluate(folder, name, tmp_path / 'out', *arguments)
         assert result.exit_code == 0, result.output
-    own, rate = rows(tmp_path / 'out')
+    own, rate, merged, dropped = rows(tmp_path / 'out')
+    assert (merged['share'], merged['keep_rate'], dropped['share'], dropped['r']) == ('0.8', '', '0.8', '')
+    assert float(merged['gflops']) == pytest.approx(float(dropped['gflops']), rel=0.05)
     assert (own['scorer'], own['keep_rate'], own['r']) == ('merge', '', '5')
     assert (rate['scorer'], rate['keep_rate'], rate['r']) == ('merge', '0.7', '')
     assert float(own['gflops']) != float(rate['gflops'])
     table = (tmp_path / 'out' / 'results.md').read_text()
     assert '| scorer | keep 0.7: top-1 | merged: top-1 |' in table and '| merge, r 5, 64 as it is |' in table
+    assert '| scorer | 0.8 of the multiply-adds: top-1 |' in table and '| merge, 64 as it is |' in table
 
 
 def test_placed_tokens_are_dropped(folder, saved, tmp_path):

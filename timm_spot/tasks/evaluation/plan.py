@@ -77,7 +77,7 @@ def _plan(common: Dict[str, str], model: nn.Module, way: Way, request: Request) 
     if pruning is not None:
         dropped = dict(
             scorer=pruning.scorer, keep_rate=None if pruning.keep_rate is None else float(pruning.keep_rate),
-            stages=tuple(pruning.model.stages), r=pruning.r)
+            stages=tuple(pruning.model.stages), r=pruning.r, share=pruning.share)
     row = Row(
         kind=way.kind, sampler=_printable(way.sampler), n_tokens=way.n_tokens, seeds=seeds if way.stochastic else (),
         saliency=_printable(way.saliency), knn=_printable(request.knn.key) if request.knn and way.has_knn else '',
@@ -101,7 +101,7 @@ def _check(models: Dict[str, nn.Module], request: Request) -> None:
             raise ValueError(f'seeds={_listed(request.seeds)}: {seed} must lie between 0 and {_LARGEST_SEED}.')
     if not request.seeds:
         raise ValueError('seeds is empty: give one at least.')
-    check_prunings(models, request.scorers, request.keep_rates)
+    check_prunings(models, request.scorers, request.keep_rates, request.flops)
     if request.knn is not None:
         _check_knn(request.knn)
 

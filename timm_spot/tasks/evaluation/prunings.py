@@ -16,11 +16,15 @@ KEEP_RATES = (1., 0.9, 0.7, 0.5)
 
 @dataclasses.dataclass(frozen=True)
 class Pruning:
-    """One scorer at one keep rate, of a model that others may share; without one it merges as the model's `r` says."""
+    """One scorer at one keep rate, of a model that others may share; without one it merges as the model's `r` says.
+
+    `share` of the dense model's multiply-adds is that for which the model's rate was found.
+    """
 
     model: TokenPruning
     scorer: str
     keep_rate: float | None
+    share: float | None = None
 
     @property
     def stochastic(self) -> bool:
@@ -38,8 +42,14 @@ class Pruning:
         return self.model.pruned(self.keep_rate, self.scorer, seed)
 
 
-def check_prunings(models: dict[str, nn.Module], scorers: Sequence[str], keep_rates: Sequence[float]) -> None:
-    """Raise ValueError for an unknown scorer, a keep rate outside (0, 1], or one that none of the models can use."""
+def check_prunings(
+        models: dict[str, nn.Module],
+        scorers: Sequence[str],
+        keep_rates: Sequence[float],
+        flops: Sequence[float] = (),
+) -> None:
+    """Raise ValueError for an unknown scorer, a rate or share outside (0, 1], or one that none of the models can use.
+    """
     for scorer in scorers:
         if scorer not in SCORERS:
             raise ValueError(f"scorers={','.join(scorers)} has the unknown {scorer!r}: {', '.join(SCORERS)}.")
@@ -51,10 +61,20 @@ def check_prunings(models: dict[str, nn.Module], scorers: Sequence[str], keep_ra
         check_keep_rate(keep_rate)
     if keep_rates and not scorers and not any(isinstance(model, TokenPruning) for model in models.values()):
         raise ValueError(f"keep_rates={','.join(map(str, keep_rates))} need scorers: any of {', '.join(SCORERS)}.")
+    if flops and not scorers:
+        raise ValueError(f"flops={','.join(map(str, flops))} need scorers: any of {', '.join(SCORERS)}.")
+    for share in flops:
+        if not 0 < share <= 1:
+            raise ValueError(f'flops={share} must be greater than 0 and at most 1.')
 
 
-def list_prunings(model: nn.Module, scorers: Sequence[str], keep_rates: Sequence[float]) -> list[Pruning]:
-    """The ways in which a model's tokens are to be dropped, none for a dense model without `scorers`.
+def list_prunings(
+        model: nn.Module,
+        scorers: Sequence[str],
+        keep_rates: Sequence[float],
+        flops: Sequence[float] = (),
+) -> list[Pruning]:
+    """The ways in which a model's tokens are to be dropped or merged, none for a dense model without `scorers`.
 
     A model that drops tokens has by default its own scorer and keep rate; one without predictors is left out for the
     scorer 'relevance', and its tokens fall at the default stages.
@@ -63,14 +83,24 @@ def list_prunings(model: nn.Module, scorers: Sequence[str], keep_rates: Sequence
         ValueError: A model that cannot be sparsified (the message says why).
     """
     if isinstance(model, TokenPruning):
-        if not scorers and not keep_rates:
-            by_number = model.plan.merges_alone and model.r is not None
-            return [Pruning(model, model.scorer, None if by_number else model.keep_rate)]
+        if not scorers and not keep_rates and not flops:
+            return [Pruning(model, model.scorer, None if _merges_by_number(model) else model.keep_rate)]
         scorers = scorers or (model.scorer,)
     usable = [scorer for scorer in scorers if _can_use(model, scorer)]
     if usable and not isinstance(model, TokenPruning):
         model = sparsify(model, scorer=usable[0])
-    return [Pruning(model, scorer, keep_rate) for scorer in usable for keep_rate in keep_rates or KEEP_RATES]
+    found = []
+    for scorer in usable:
+        found += [Pruning(model, scorer, rate) for rate in keep_rates or (() if flops else KEEP_RATES)]
+        for share in flops:
+            changed = model.pruned(scorer=scorer)
+            changed.set_flops(share)
+            found.append(Pruning(changed, scorer, None if _merges_by_number(changed) else changed.keep_rate, share))
+    return found
+
+
+def _merges_by_number(model: TokenPruning) -> bool:
+    return model.plan.merges_alone and model.r is not None
 
 
 def _can_use(model: nn.Module, scorer: str) -> bool:

@@ -33,6 +33,7 @@ class Request:
         saliency: Maps for salient samplers, see `saliency_source`.
         scorers: What tokens are dropped by.
         keep_rates: Shares that each stage keeps.
+        flops: Shares of the dense model's multiply-adds, whose keep rates or numbers to merge are found.
         coverages: Of windows, each a row of its own; none for those of the models.
         knn: Nearest neighbours to ask as well.
         amp: 'bfloat16' or 'float16', for autocast.
@@ -47,6 +48,7 @@ class Request:
     saliency: str = 'spectral'
     scorers: Tuple[str, ...] = ()
     keep_rates: Tuple[float, ...] = ()
+    flops: Tuple[float, ...] = ()
     coverages: Tuple[float, ...] = ()
     knn: Optional[Knn] = None
     amp: Optional[str] = None

@@ -17,11 +17,11 @@ BASELINE = 'baseline'  # other ways to spend fewer tokens on the same weights
 METRICS = ('top1', 'top5', 'nll', 'ece', 'knn_top1')
 KEY = (
     'data', 'data_sha', 'split', 'model', 'weights', 'sampler', 'n_tokens', 'scorer', 'keep_rate', 'stages', 'seeds',
-    'saliency', 'knn', 'amp', 'kind', 'settings', 'coverage', 'r')
+    'saliency', 'knn', 'amp', 'kind', 'settings', 'coverage', 'r', 'share')
 COLUMNS = (
     *KEY, 'images', 'skipped', *(f'{m}{suffix}' for m in METRICS for suffix in ('', '_se', '_se_seeds')), 'gflops')
 SPEED_COLUMNS = (*KEY, 'images_per_s')
-NEW_COLUMNS = ('kind', 'settings', 'coverage', 'r')  # files of earlier versions lack some
+NEW_COLUMNS = ('kind', 'settings', 'coverage', 'r', 'share')  # files of earlier versions lack some
 
 _BASELINES_BEFORE = ('patch-drop', 'low-res', 'top-k')  # those of version 0.1
 
@@ -50,6 +50,7 @@ class Row:
             of version 0.1, which does not say.
         coverage: Share of its cell that a window covers; None for windows of single pixels.
         r: How many tokens each block merged, one number where it is the same for all; '' where the keep rate said it.
+        share: Of the dense model's multiply-adds, where the keep rate or `r` were found for it.
     """
 
     kind: str
@@ -70,6 +71,7 @@ class Row:
     settings: str = ''
     coverage: Optional[float] = None
     r: str = ''
+    share: Optional[float] = None
 
     @property
     def competes(self) -> bool:
@@ -112,7 +114,7 @@ class Row:
             values,
             n_tokens=int(cells['n_tokens']) if cells['n_tokens'] else None,
             keep_rate=float(cells['keep_rate']) if cells['keep_rate'] else None,
-            coverage=float(cells['coverage']) if cells.get('coverage') else None,
+            **{name: float(cells[name]) if cells.get(name) else None for name in ('coverage', 'share')},
             stages=tuple(int(stage) for stage in cells['stages'].split()),
             seeds=tuple(int(seed) for seed in cells['seeds'].split())))
 

@@ -154,7 +154,7 @@ def baseline_ways(model: nn.Module, request: Request) -> Iterator[Way]:
 
 def pruned_ways(model: nn.Module, request: Request, ways: Iterable[Way]) -> Iterator[Way]:
     """The same ways, in the place of each the ways in which the model's tokens are to be dropped, if there are any."""
-    prunings = list_prunings(model, request.scorers, request.keep_rates)
+    prunings = list_prunings(model, request.scorers, request.keep_rates, request.flops)
     for way in ways:
         if prunings and way.can_prune:
             yield from (replace(way, pruning=p, stochastic=way.stochastic or p.stochastic) for p in prunings)

@@ -44,12 +44,17 @@ BY_BUDGET = Grouping(
 BY_KEEP_RATE = Grouping(
     lambda result: result.row.keep_rate, lambda row: f'{row.scorer_name}, {_shown(row.n_tokens)} {row.placement}',
     'scorer', lambda rate: 'merged' if rate is None else f'keep {rate}', True, 'gflops')
+BY_SHARE = Grouping(
+    lambda result: result.row.share, lambda row: f'{row.scorer}, {_shown(row.n_tokens)} {row.placement}', 'scorer',
+    lambda share: f'{share:g} of the multiply-adds', True, 'gflops')
 
 
 def groups(results: Sequence[Result]) -> List[Tuple[Grouping, List[Result]]]:
-    """Results of one model as they go into tables: those that drop no tokens, and those that do."""
+    """Results of one model as they go into tables: those that drop no tokens, those that do, by rate and by cost."""
     parts = [
-        (BY_BUDGET, [r for r in results if not r.row.scorer]), (BY_KEEP_RATE, [r for r in results if r.row.scorer])]
+        (BY_BUDGET, [r for r in results if not r.row.scorer]),
+        (BY_KEEP_RATE, [r for r in results if r.row.scorer and r.row.share is None]),
+        (BY_SHARE, [r for r in results if r.row.scorer and r.row.share is not None])]
     return [part for part in parts if part[1]]
 
 
@@ -102,7 +107,7 @@ def html_details(results: Sequence[Result]) -> str:
     lines = [['placement', 'tokens', *(TITLES[name] for name in measured)]]
     for by, group in groups(results):
         for result in group:
-            keep = f', {by.title(result.row.keep_rate)}' if by is BY_KEEP_RATE else ''
+            keep = f', {by.title(by.column(result))}' if result.row.scorer else ''
             line = [html.escape(label(result, group, by) + keep), _shown(result.row.n_tokens)]
             lines.append(line + [_detail(result, name) for name in measured])
     return _html(lines)
