@@ -38,8 +38,9 @@ def check_coverage(coverage: float | Sequence[float]) -> tuple[float, float]:
 
 
 def neighbour_cells(positions: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
-    """Square cells of scattered tokens: the mean distance to the two nearest, scaled so that all together have the
-    image's area.
+    """Cells of scattered tokens: squares by the mean distance to the two nearest, together as large as the image.
+
+    One that would be higher or wider than the image has its height or width, and the same area.
 
     Args:
         positions: (B, N, 2) of (y, x), fractions of the image.
@@ -51,7 +52,7 @@ def neighbour_cells(positions: torch.Tensor, image_size: tuple[int, int]) -> tor
     Example:
         >>> row = torch.tensor([[[0.5, 0.125], [0.5, 0.375], [0.5, 0.875]]])  # two close to each other, one apart
         >>> [round(width, 2) for width in neighbour_cells(row, (8, 32))[0, :, 1].tolist()]
-        [0.28, 0.21, 0.35]
+        [0.32, 0.21, 0.5]
     """
     H, W = image_size
     n_tokens = positions.shape[1]
@@ -63,7 +64,9 @@ def neighbour_cells(positions: torch.Tensor, image_size: tuple[int, int]) -> tor
     nearest = distance.topk(min(2, n_tokens - 1), dim=-1, largest=False).values
     side = nearest.clamp(min=1.).sqrt().mean(dim=-1)  # tokens on one spot are a pixel apart
     side = side * (H * W / side.square().sum(dim=-1, keepdim=True)).sqrt()
-    return side[..., None] / side.new_tensor([H, W])
+    area = side.square()
+    height = side.clamp(max=H).maximum(area / W)
+    return torch.stack([height / H, area / height / W], dim=-1)
 
 
 def cell_spacing(
