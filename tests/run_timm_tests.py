@@ -25,16 +25,10 @@ import timm_spot  # noqa: F401  registers the models
 from timm_spot.tasks.evaluation.families import name_patterns
 
 Patterns = Union[str, Sequence[str]]
-_MAPS = 'asks for feature maps; the tokens left form none'
 _TORCHSCRIPT = 'timm deprecates TorchScript and a scripted model would call back into Python: torch.export is the way'
 _LEFT_OUT = {
     'test_model_forward_torchscript': _TORCHSCRIPT,
     'test_model_forward_fx_torchscript': _TORCHSCRIPT,
-}
-_NOT_FOR_RELEVANCE = {
-    'test_model_forward_intermediates_features': _MAPS,
-    'test_model_forward_intermediates': _MAPS,
-    'test_prune_intermediate_layers_contract': _MAPS,
 }
 _list_models, _list_pretrained = timm.list_models, timm.list_pretrained
 
@@ -75,10 +69,10 @@ if 'SPOT_NAMES' in os.environ:
 
 
 def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
-    """Skip what cannot apply: TorchScript, and for models that drop tokens what asks for maps."""
+    """Skip what cannot apply: TorchScript."""
     for item in items:
         test = item.name.partition('[')[0]
-        reason = _LEFT_OUT.get(test) or ('relevance_' in item.name and _NOT_FOR_RELEVANCE.get(test))
+        reason = _LEFT_OUT.get(test)
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
 

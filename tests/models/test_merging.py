@@ -239,6 +239,71 @@ def test_every_scorer_goes_with_merging(scorer):
     assert ((sources < 0).sum() == 0) == (scorer == 'merge') and model(images()).isfinite().all()
 
 
+@pytest.mark.parametrize('keywords', [dict(r=3), dict(keep_rate=0.6), dict(scorer='norm', keep_rate=0.5),
+                                      dict(scorer='cls-attention', keep_rate=0.7, r=2)])
+@torch.no_grad()
+def test_maps_at_any_rate(keywords):
+    """Each token of a map is, by its source, one of those left; the dropped are as one left beside them."""
+    vit = backbone(reg_tokens=1, img_size=(32, 48))
+    model, x = timm_spot.sparsify(vit, **{'scorer': 'merge', **keywords}), torch.randn(3, 3, 32, 48)
+    last, left = model.forward_intermediates(x, output_fmt='NLC')
+    same, maps = model.forward_intermediates(x)
+    assert torch.equal(last, same) and torch.equal(last, model.forward_features(x))
+    assert [m.shape for m in maps] == [(3, 32, 4, 6)] * 4
+    every = model.forward_intermediates(x, output_fmt='NLC', unmerge=True, intermediates_only=True)
+    for tokens, shown in zip(every, maps):
+        assert torch.equal(tokens, shown.flatten(2).mT)
+    sources = model.token_sources(x)
+    for b in range(3):
+        held = sources[b] >= 0
+        assert torch.equal(every[-1][b, held], left[-1][b, sources[b, held]])
+        rows, columns = torch.arange(24) // 6, torch.arange(24) % 6
+        for token in torch.nonzero(~held).flatten():
+            distance = (rows - rows[token]) ** 2 + (columns - columns[token]) ** 2
+            nearest = distance == distance[held].min()
+            assert (every[-1][b, token] == every[-1][b, nearest & held]).all(dim=1).any()
+
+
+@torch.no_grad()
+def test_backbones_of_dense_heads():
+    small = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
+    for keywords in (dict(scorer='merge', r=3), dict(scorer='norm', keep_rate=0.5)):
+        model = timm.create_model(
+            'relevance_vit', backbone='vit_tiny_patch16_224', features_only=True, out_indices=(1, 3), **keywords,
+            **small)
+        assert [f.shape for f in model.eval()(images())] == [(3, 32, 4, 4)] * 2
+        assert model.feature_info.reduction() == [8, 8]
+
+
+@torch.no_grad()
+def test_off_the_grid_features_are_tokens(pico):
+    model, x = timm_spot.sparsify(pico, 0.5, scorer='norm', r=2), torch.rand(2, 3, 64, 64)
+    assert model.forward_intermediates(x)[1][-1].shape == (2, pico.embed_dim, 8, 8)
+    positions = timm_spot.sample_positions('sobol', 20, (64, 64), batch_size=2)
+    with pytest.raises(ValueError, match='form no lattice'):
+        model.forward_intermediates(x, positions=positions)
+    taken = model.forward_intermediates(
+        x, positions=positions, output_fmt='NLC', unmerge=True, intermediates_only=True)[-1]
+    left = model.forward_intermediates(x, positions=positions, output_fmt='NLC', intermediates_only=True)[-1]
+    assert taken.shape == (2, 20, pico.embed_dim)
+    sources = model.token_sources(x, positions=positions)
+    distances = torch.cdist(positions, positions).masked_fill((sources < 0)[:, None], torch.inf)
+    for b in range(2):
+        assert torch.equal(taken[b], left[b, sources[b, distances[b].argmin(dim=1)]])
+    model.set_placement(sampler='sobol', n_tokens=20)  # train mode draws: tokens and their places are of one draw
+    assert model.train().forward_intermediates(
+        x, output_fmt='NLC', unmerge=True, intermediates_only=True)[0].shape == (2, 20, pico.embed_dim)
+
+
+@torch.no_grad()
+def test_the_last_blocks_may_be_cut_off():
+    model, x = timm_spot.sparsify(backbone(), scorer='merge', r=3), images()
+    expected = model.forward_intermediates(x, indices=[1], intermediates_only=True)[0]
+    model.prune_intermediate_layers(indices=[1])
+    assert len(model.blocks) == 2
+    assert torch.equal(model.forward_intermediates(x, indices=[1], intermediates_only=True)[0], expected)
+
+
 def test_a_pool_without_weights_is_refused():
     vit = backbone(global_pool='prr', class_token=False)
     with pytest.raises(ValueError, match='AttentionPoolPrr pools tokens of one size only'):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from timm_spot.ops.attention import keep_counts, keep_shares
 from timm_spot.ops.merging import (
     Matching,
+    fill_sources,
     follow_drop,
     follow_merge,
     match_tokens,
@@ -16,6 +17,7 @@ from timm_spot.ops.merging import (
     share_merges,
     size_bias,
     spread,
+    unmerge_tokens,
 )
 
 
@@ -115,6 +117,20 @@ def test_each_token_is_where_its_source_says(n_prefix, n, seed, data):
             assert own.sum() == sizes[b, n_prefix + token]
             torch.testing.assert_close(y[b, n_prefix + token], first[b, own].mean(dim=0))
         assert (sources[b] >= 0).sum() == sizes[b, n_prefix + kept[b]].sum()
+
+
+def test_dropped_tokens_are_where_the_nearest_is():
+    positions = torch.tensor([[0., 0.], [0., 2.], [3., 0.], [3., 2.]])
+    sources = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, -1], [0, 1, 2, 3]])
+    assert fill_sources(sources, positions).tolist() == [[0, 0, 1, 1], [2, 2, 2, 2], [0, 1, 2, 3]]
+    own = torch.stack([positions, positions * torch.tensor([0.1, 1.]), positions])  # now 2 is near 0
+    assert fill_sources(sources, own)[0].tolist() == [0, 0, 1, 1]
+    assert fill_sources(sources[[2, 0, 2]], own)[1].tolist() == [1, 0, 1, 0]
+
+
+def test_every_token_is_as_that_which_holds_it():
+    x = torch.tensor([[[1.], [2.]], [[3.], [4.]]])
+    assert unmerge_tokens(x, torch.tensor([[0, 1, 0], [1, 1, 0]])).squeeze(2).tolist() == [[1, 2, 1], [4, 4, 3]]
 
 
 def test_merging_is_differentiable():

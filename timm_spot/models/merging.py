@@ -13,7 +13,16 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from ..ops.attention import gather_tokens
-from ..ops.merging import Matching, follow_drop, follow_merge, match_tokens, merge_tokens, size_bias
+from ..ops.merging import (
+    Matching,
+    fill_sources,
+    follow_drop,
+    follow_merge,
+    match_tokens,
+    merge_tokens,
+    size_bias,
+    unmerge_tokens,
+)
 from .attention import read_block, tap_attention, tap_keys
 
 
@@ -78,6 +87,19 @@ def merge_block(
         sources = follow_merge(sources, matching, num_prefix_tokens)
     y = y + block.drop_path2(block.ls2(block.mlp(block.norm2(y))))
     return Carried(y, sizes, sources), matching, taps[0].matrix if read else None
+
+
+def restore_tokens(x: Carried, num_prefix_tokens: int, positions: torch.Tensor | None) -> Carried:
+    """Prefix and all of the image's first tokens, (B, prefix + N, D): each as that which holds it.
+
+    Args:
+        x: With sources.
+        num_prefix_tokens: They stay as they are.
+        positions: (N, 2) or (B, N, 2): a token that was dropped is as its nearest; None where none was.
+    """
+    sources = x.sources if positions is None else fill_sources(x.sources, positions)
+    prefix, tokens = x.tokens[:, :num_prefix_tokens], x.tokens[:, num_prefix_tokens:]
+    return x._replace(tokens=torch.cat([prefix, unmerge_tokens(tokens, sources)], dim=1))
 
 
 def merge_seen(

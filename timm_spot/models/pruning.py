@@ -9,15 +9,16 @@ Their settings are in `pruning_settings.py`, the passes through the blocks in `p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from ..ops.attention import check_keep_rate
 from ..ops.merging import plan_counts
-from ._features import Intermediates, format_intermediates
+from ._features import Intermediates, format_intermediates, tokens_to_map
 from ._timm import feature_take_indices
-from .merging import Carried, pool_weighted
+from .merging import Carried, pool_weighted, restore_tokens
 from .pruning_passes import Dropped, drop_tokens, mask_tokens
 from .pruning_settings import PruningSettings, pop_pruning
 
@@ -77,7 +78,7 @@ class TokenPruning(PruningSettings):
     ) -> Dropped:
         n, plan = x.shape[1] - self.num_prefix_tokens, self.plan
         counts, merges = plan_counts(n, len(self.blocks), plan.stages, self._shares, plan.r, plan.merges_alone)
-        merging = {i: merges[i] for i in plan.merging_blocks(self._below_1)}
+        merging = {i: merges[i] for i in plan.merging_blocks(self._below_1) if i < len(self.blocks)}
         carried = Carried(x, sources=torch.arange(n, device=x.device).expand(x.shape[0], -1) if track else None)
         return drop_tokens(self, carried, plan, counts, self.predictors, n_blocks, take, merging)
 
@@ -193,27 +194,38 @@ class TokenPruning(PruningSettings):
             output_dict: bool = False,
             attn_mask: torch.Tensor | None = None,
             is_causal: bool = False,
+            unmerge: bool = False,
             **placement: torch.Tensor,
     ) -> Intermediates:
-        """Features after chosen blocks, with timm's arguments and results: 'NLC' of the tokens left there.
+        """Features after chosen blocks, with timm's arguments and results.
+
+        Maps ('NCHW') show each of the image's tokens: one that was merged as that which holds it, one that was dropped
+        as the nearest of those that were not. 'NLC' gives the tokens left, with `unmerge` all N tokens in the same way.
+        The final features, beside the intermediates, are always those of the tokens left.
 
         Raises:
-            ValueError: Maps ('NCHW') are asked for and tokens are dropped or merged.
+            ValueError: Maps are asked for and the tokens are placed on no lattice.
         """
         if not self.reduces:
             return super().forward_intermediates(
                 x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict,
                 attn_mask, is_causal, **placement)
         check_no_mask(attn_mask, is_causal)
-        if output_fmt != 'NLC':
-            raise ValueError(
-                f"output_fmt={output_fmt!r}: the tokens left at {self.rate} form no feature map. Use output_fmt='NLC', "
-                'or set_keep_rate(1).')
+        if output_fmt not in ('NCHW', 'NLC'):
+            raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NLC'.")
+        restore = unmerge or output_fmt == 'NCHW'
+        to_map = partial(tokens_to_map, size=self.token_map_size(x, **placement)) if output_fmt == 'NCHW' else None
+        positions, placement = self.place_tokens(x, **placement) if restore else (None, placement)
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        dropped = self._drop(self._embed(x, **placement), max_index + 1 if stop_early else None, take_indices)
-        taken = [self.norm(y.tokens) if norm else y.tokens for y in dropped.taken]
+        dropped = self._drop(
+            self._embed(x, **placement), max_index + 1 if stop_early else None, take_indices, track=restore)
+        taken = dropped.taken
+        if restore:
+            taken = [restore_tokens(y, self.num_prefix_tokens, positions if self.drops else None) for y in taken]
+        tokens = [self.norm(y.tokens) if norm else y.tokens for y in taken]
         last = None if intermediates_only else self.norm(dropped.last.tokens)
-        return format_intermediates(taken, last, self.num_prefix_tokens, return_prefix_tokens, output_dict)
+        return format_intermediates(
+            tokens, last, self.num_prefix_tokens, return_prefix_tokens, output_dict, to_map)
 
 
 def check_no_mask(attn_mask: torch.Tensor | None, is_causal: bool) -> None:

@@ -29,6 +29,17 @@ class RelevanceVisionTransformer(TokenPruning, VisionTransformer):
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
 
+    def token_map_size(self, x: torch.Tensor) -> tuple[int, int]:
+        """Rows and columns of the patches of images (B, C, H, W)."""
+        return self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+
+    def place_tokens(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Where the patches of images (B, C, H, W) lie, (N, 2) in pixels, and what `_embed` is to be told of it."""
+        axes = [
+            step * torch.arange(n, device=x.device, dtype=torch.float32)
+            for step, n in zip(self.patch_embed.patch_size, self.token_map_size(x))]
+        return torch.cartesian_prod(*axes), {}
+
     def forward_features(
             self,
             x: torch.Tensor,
@@ -59,6 +70,24 @@ class RelevanceVisionTransformer(TokenPruning, VisionTransformer):
 
 class RelevanceSubpixelVisionTransformer(TokenPruning, SubpixelVisionTransformer):
     """Subpixel ViT that drops tokens, see `TokenPruning`."""
+
+    def token_map_size(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> tuple[int, int]:
+        """Rows and columns of the lattice on which the tokens of images (B, C, H, W) lie.
+
+        Raises:
+            ValueError: They lie on none.
+        """
+        return self._map_size(x, positions)
+
+    def place_tokens(
+            self,
+            x: torch.Tensor,
+            positions: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Where the tokens of images (B, C, H, W) lie, in pixels, and what `_embed` is to be told of it."""
+        placed = self._place(x, positions)
+        size = torch.tensor(x.shape[-2:], device=placed.device)
+        return placed[..., :2] * size, dict(positions=placed)
 
     def forward_features(
             self,

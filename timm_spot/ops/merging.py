@@ -131,6 +131,28 @@ def follow_drop(sources: torch.Tensor, kept: torch.Tensor, n_tokens: int) -> tor
     return _follow(sources, moved.scatter(1, kept, places))
 
 
+def fill_sources(sources: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Sources without dropped tokens: each is where the nearest of the image's first tokens is that was not dropped.
+
+    Args:
+        sources: (B, N) int64, -1 where a token was dropped; of each image one at least was not.
+        positions: (N, 2) or (B, N, 2) of the image's first tokens, in units that are the same along both axes.
+    """
+    distances = (positions[..., :, None, :] - positions[..., None, :, :]).square().sum(dim=-1)  # (B or none, N, N)
+    nearest = distances.masked_fill((sources < 0)[:, None], torch.inf).argmin(dim=2)
+    return sources.gather(1, nearest)
+
+
+def unmerge_tokens(x: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+    """Tokens (B, N, D), one for each of the image's first: of image tokens (B, n, D) that which holds it.
+
+    Args:
+        x: Image tokens, without prefix.
+        sources: (B, N) int64, none below 0, see `fill_sources`.
+    """
+    return _take(x, sources)
+
+
 def _follow(sources: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
     return torch.where(sources < 0, -1, moved.gather(1, sources.clamp(min=0)))
 
