@@ -1,4 +1,4 @@
-"""What raster to vector costs and keeps, as a Markdown table: with the settings of the command and of the function.
+"""What raster to vector costs and keeps, as a Markdown table: with the settings of the hub's model and of the function.
 
     pip install resvg-py
     python -m benchmarks.vectorize_table [PHOTO ...]
@@ -26,7 +26,7 @@ from timm_spot.ops.regions.features import region_means
 from timm_spot.tasks.vectorize import CLOSE, read_picture
 
 PHOTOS = sorted((Path(__file__).parent.parent / 'examples' / 'photos').glob('*.jpg'))
-SETTINGS = {'command': CLOSE, 'function': {}}
+SETTINGS = {'model': CLOSE, 'function': {}}
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

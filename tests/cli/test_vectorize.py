@@ -12,7 +12,9 @@ def test_vectorize(dht, tmp_path):
     result = run('vectorize', dht / 'noise.png', '--out', tmp_path / 'svg', '--regions', 20, '--max-side', 32)
     assert result.exit_code == 0, result.output
     root = ET.parse(tmp_path / 'svg' / 'noise.svg').getroot()
-    assert root.attrib == dict(width='32', height='32')
+    assert root.attrib['width'] == root.attrib['height'] == '32'
+    assert [e.text for e in root if e.tag.endswith('title')] == ['noise']
+    assert len([e for e in root if e.tag.endswith('path')]) == 20
 
 
 def test_vectorize_overwrites_none_of_its_own(tmp_path):
@@ -59,19 +61,40 @@ def test_what_is_there_is_not_overwritten_silently(tmp_path):
     assert result.exit_code == 1 and 'a.svg is there already: give --overwrite' in result.stderr
     assert (tmp_path / 'a.svg').read_text() == 'mine'
     assert run(*given, '--overwrite').exit_code == 0
-    assert ET.parse(tmp_path / 'a.svg').getroot().attrib == dict(width='12', height='10')
+    assert ET.parse(tmp_path / 'a.svg').getroot().attrib['width'] == '12'
 
 
 @pytest.mark.parametrize('options, says', [
-    (['--stroke', 'nan'], 'stroke=nan'), (['--stroke', '-1'], 'stroke=-1'), (['--tolerance', 'nan'], 'tolerance=nan'),
-    (['--tolerance', 'inf'], 'tolerance=inf'), (['--smoothing', '0'], 'smoothing=0'),
-    (['--smoothing', '50'], 'smoothing=50'), (['--longest-edge', '0'], 'longest_edge=0'),
-    (['--longest-edge', 'nan'], 'longest_edge=nan'), (['--regions', '0'], 'regions=0'),
-    (['--regions', '1000000000000'], 'regions=1000000000000'), (['--max-side', '0'], 'max_side=0'),
-    (['--device', 'gpu'], "device='gpu' is no device"),
+    (['--tolerance', 'nan'], 'tolerance=nan'), (['--tolerance', 'inf'], 'tolerance=inf'),
+    (['--tolerance', '101'], 'tolerance=101'), (['--max-kb', '0'], 'max_kb=0'), (['--max-kb', 'inf'], 'max_kb=inf'),
+    (['--max-kb', '3', '--regions', '4'], 'regions=4 and max_kb=3.0 exclude each other'),
+    (['--regions', '0'], 'regions=0'), (['--regions', '1000000000000'], 'regions=1000000000000'),
+    (['--max-side', '0'], 'max_side=0'),
 ])
 def test_nonsense_is_refused_before_anything_is_made(tmp_path, options, says):
     Image.new('RGB', (8, 8)).save(tmp_path / 'a.png')
     result = run('vectorize', tmp_path, '--out', tmp_path / 'svg', *options)
     assert result.exit_code == 1 and says in result.stderr and result.stderr.count('\n') == 1
     assert [file.name for file in tmp_path.iterdir()] == ['a.png']
+
+
+def test_files_of_a_size_and_what_is_too_small(tmp_path):
+    Image.effect_noise((40, 30), 90).save(tmp_path / 'a.png')
+    result = run('vectorize', tmp_path / 'a.png', '--out', tmp_path, '--max-kb', 2)
+    assert result.exit_code == 0 and 1800 < (tmp_path / 'a.svg').stat().st_size <= 2000
+    result = run('vectorize', tmp_path / 'a.png', '--out', tmp_path, '--max-kb', 0.01, '--overwrite')
+    assert result.exit_code == 1 and 'a.png: max_kb=0.01 is less than' in result.stderr
+
+
+def test_transparency_and_orientation(tmp_path):
+    """A picture that lies on its side, its left half transparent."""
+    pixels = np.zeros((10, 16, 4), np.uint8)
+    pixels[:, 8:] = 200
+    exif = Image.Exif()
+    exif[274] = 6  # turn clockwise
+    Image.fromarray(pixels).save(tmp_path / 'a.png', exif=exif)
+    assert run('vectorize', tmp_path / 'a.png', '--out', tmp_path).exit_code == 0
+    root = ET.parse(tmp_path / 'a.svg').getroot()
+    assert (root.attrib['width'], root.attrib['height']) == ('10', '16')
+    path, = (e.attrib['d'] for e in root if e.tag.endswith('path'))
+    assert path == 'm0 64v-32h40v32z'  # the lower half, four units a pixel

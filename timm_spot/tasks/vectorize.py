@@ -158,7 +158,7 @@ class RasterToVector(nn.Module):
     """`vectorize` with the released tokenizer: images (B, 3, H, W), normalised as ImageNet's, to a list of SVG texts.
 
     The weights (1,614 parameters) are in the package, under the authors' licence (MIT). It draws nearer to the picture
-    than `vectorize` does by default, as `timm-spot vectorize` does.
+    than `vectorize` does by default; `timm-spot vectorize` draws in another way (`timm_spot.tasks.vectors`).
 
     Args:
         pretrained: Load the released weights.

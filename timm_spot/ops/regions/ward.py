@@ -4,8 +4,8 @@ Paper: `Hierarchical Grouping to Optimize an Objective Function` (Ward 1963) -
 https://doi.org/10.1080/01621459.1963.10500845
 
 Two regions of m and n pixels whose mean values are d apart add m n / (m + n) * d^2 to the squared error when one mean
-stands for both. Pairs of neighbours merge in rounds, the cheapest of those that choose each other: the same partition
-as from a heap but for what a round takes out of turn, in a number of passes over the edges that hardly grows with them.
+stands for both. Neighbours merge in rounds, the cheapest of those that choose each other: the same partition as from a
+heap but for what a round takes out of turn, in a number of passes over the edges that hardly grows with them.
 """
 from __future__ import annotations
 
@@ -14,16 +14,24 @@ from typing import NamedTuple
 import torch
 
 from .budget import Tokens, join_tokens
-from .graph import connected_components, number_groups, sum_channels, unique_edges
+from .graph import (
+    choice_components,
+    connected_components,
+    number_groups,
+    sum_channels,
+    sum_groups,
+    unique_edges,
+)
 
 _RANK_BITS = 31  # a key packs the bits of a cost, which order as the cost does, above the rank of its edge
-_SHARE = 0.5  # of the pairs that choose each other, the cheapest merge in one round
+_SHARE = 0.5  # of the choices of a round, the cheapest may merge: what is dear waits for its turn
+_SPECK = 8  # a region so many times smaller than its neighbour hardly changes it
 
 
 class Merges(NamedTuple):
     """Merges of regions in the order in which they happened."""
     pairs: torch.Tensor  # (2, M), the smallest region of each of both sides
-    costs: torch.Tensor  # (M,), by which the squared error grew
+    costs: torch.Tensor  # (M,), by which the squared error grew; of specks as if each had been the only one
 
 
 @torch.no_grad()
@@ -60,25 +68,23 @@ def ward_merges(
     """
     counts = torch.bincount(image)
     member = torch.arange(len(sizes), device=sizes.device)  # the smallest region of each of those that are left
-    sums, sizes = sums.clone(), sizes.to(sums.dtype, copy=True)
+    sizes = sizes.to(sums.dtype)
     pairs, costs = [member.new_empty(2, 0)], [sums.new_empty(0)]
     while edges.shape[1]:
         excess = (counts - target).clamp_min(0)
         if not bool(excess.any()):
             break
         cost = _ward_costs(sums, sizes, edges, noise)
-        chosen = _cheapest_pairs(cost, edges, image, excess)
+        chosen, choice = _cheapest_choices(cost, edges, sizes, image, excess)
         u, v = edges[:, chosen]
         pairs.append(torch.stack([member[u], member[v]]))
         costs.append(cost[chosen])
-        # A region takes part in one merge of a round at most: nothing is added up in an order that could vary.
-        sums[:, u], sizes[u] = sums[:, u] + sums[:, v], sizes[u] + sizes[v]
         counts = counts - torch.bincount(image[u], minlength=len(counts))
-        left = torch.ones_like(member, dtype=torch.bool).index_fill_(0, v, False)
-        number = left.cumsum(0) - 1
-        number[v] = number[u]
+        number, first = number_groups(choice_components(choice))
         edges = unique_edges(number[edges])
-        sums, sizes, member, image = sums[:, left], sizes[left], member[left], image[left]
+        sums = sum_groups(sums, number, len(first))
+        sizes = sum_groups(sizes[None], number, len(first))[0]
+        member, image = member[first], image[first]
     return Merges(torch.cat(pairs, dim=1), torch.cat(costs))
 
 
@@ -90,29 +96,47 @@ def _ward_costs(sums: torch.Tensor, sizes: torch.Tensor, edges: torch.Tensor, no
     return m * n / (m + n) * (difference + noise)
 
 
-def _cheapest_pairs(
+def _cheapest_choices(
         cost: torch.Tensor,
         edges: torch.Tensor,
+        sizes: torch.Tensor,
         image: torch.Tensor,
         excess: torch.Tensor,
-) -> torch.Tensor:
-    """The edges that merge in this round, by image and ascending cost.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The edges that merge in this round, by image and ascending cost, and what each region joins, itself if none.
 
-    Of those that are the cheapest of both their ends, `_SHARE` of an image's, and no more than its excess.
+    Candidates are the edges that are the cheapest of both their ends, or of the one that is so small that it hardly
+    changes the other: a background takes in all its specks at once. Those merge that are among the cheapest `_SHARE` of
+    an image's choices, and no more than its excess.
     """
     rank = torch.arange(edges.shape[1], device=edges.device)
     key = (cost.float().view(torch.int32).long() << _RANK_BITS) | rank
     best = torch.full_like(image, torch.iinfo(torch.int64).max)
     best = best.scatter_reduce_(0, edges[0], key, 'amin').scatter_reduce_(0, edges[1], key, 'amin')
-    mutual = ((best[edges[0]] == key) & (best[edges[1]] == key)).nonzero()[:, 0]
-    mutual = mutual[key[mutual].argsort()]
-    of = image[edges[0, mutual]]
-    order = of.argsort(stable=True)
-    mutual, of = mutual[order], of[order]
+    of_u, of_v = best[edges[0]] == key, best[edges[1]] == key
+    m, n = sizes[edges[0]], sizes[edges[1]]
+    candidate = (of_u & of_v) | (of_u & (m * _SPECK <= n)) | (of_v & (n * _SPECK <= m))
+    counts = torch.bincount(image, minlength=len(excess))
+    ranked = _sort_within(best, image)
+    limit = best[ranked[(counts.cumsum(0) - 1 - (counts * (1. - _SHARE)).long()).clamp_min(0)]]
+    chosen = (candidate & (key <= limit[image[edges[0]]])).nonzero()[:, 0]
+    of = image[edges[0, chosen]]
+    order = _sort_within(key[chosen], of)
+    chosen, of = chosen[order], of[order]
     counts = torch.bincount(of, minlength=len(excess))
-    most = torch.minimum(excess, (_SHARE * counts).ceil().long())
     place = torch.arange(len(of), device=of.device) - (counts.cumsum(0) - counts)[of]
-    return mutual[place < most[of]]
+    chosen = chosen[place < excess[of]]
+    u, v = edges[:, chosen]
+    u_joins = of_u[chosen] & ~(of_v[chosen] & (n[chosen] < m[chosen]))
+    choice = torch.arange(len(image), device=image.device)
+    choice[torch.where(u_joins, u, v)] = torch.where(u_joins, v, u)
+    return chosen, choice
+
+
+def _sort_within(values: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """Order of values, ascending, image by image."""
+    order = values.argsort()
+    return order[image[order].argsort(stable=True)]
 
 
 def merged_groups(n: int, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,6 +30,7 @@ class Pictures(Dataset):
             training part, or else the held-out one.
         root: Folder for a name with a prefix.
         class_map: File of class names, one a line in the order of the classes, for a folder, a tar or hfds/.
+        alpha: Of several sources, read pictures in files in RGBA where they are transparent somewhere.
 
     Attributes:
         groups: (M,), which pictures have one origin (canvases of one digit); None where each has its own.
@@ -49,6 +50,7 @@ class Pictures(Dataset):
             split: str = 'validation',
             root: str | None = None,
             class_map: str = '',
+            alpha: bool = False,
     ) -> None:
         source = os.fspath(source) if isinstance(source, os.PathLike) else source
         several = not isinstance(source, str)
@@ -58,7 +60,7 @@ class Pictures(Dataset):
         self.groups: torch.Tensor | None = None
         self.class_to_idx: dict[str, int] = {}
         if several:
-            self._parts, self.is_named = open_several(source, split, root, self.broken), False
+            self._parts, self.is_named = open_several(source, split, root, self.broken, alpha), False
         else:
             self.is_named = is_named(source)
             part = open_source(source, split, root, class_map, self.broken)

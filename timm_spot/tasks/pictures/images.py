@@ -40,18 +40,23 @@ class PictureError(ValueError):
     """A picture that cannot be read; says which one and why."""
 
 
-def read_picture(file: str | os.PathLike | BinaryIO, name: str | None = None) -> Image.Image:
+def read_picture(
+        file: str | os.PathLike | BinaryIO,
+        name: str | None = None,
+        alpha: bool = False,
+) -> Image.Image:
     """Read one picture: the first one of its file, upright (EXIF), in 8-bit RGB.
 
     Args:
         file: Path, or a file opened for reading its bytes.
         name: What errors call it; by default its path.
+        alpha: Read transparency as well, in RGBA, where it has some.
 
     Raises:
         PictureError: It is no picture, damaged, larger than PIL's limit, longer than `MAX_RATIO` times its other
             side, or of an unknown range of values.
     """
-    return _read(file, name, to_upright_rgb)
+    return _read(file, name, _to_upright_rgba if alpha else to_upright_rgb)
 
 
 def picture_size(file: str | os.PathLike | BinaryIO, name: str | None = None) -> tuple[int, int]:
@@ -110,6 +115,14 @@ def to_upright_rgb(picture: Image.Image) -> Image.Image:
     picture = upright(picture, to_rgb(picture))
     picture.info.clear()  # whoever turns pictures after us must not do it twice
     return picture
+
+
+def _to_upright_rgba(picture: Image.Image) -> Image.Image:
+    """`to_upright_rgb`, with the transparency of a picture that has some."""
+    converted = to_upright_rgb(picture)
+    if picture.has_transparency_data:
+        converted.putalpha(upright(picture, picture.convert('RGBA').getchannel('A')))
+    return converted
 
 
 def upright(picture: Image.Image, converted: Image.Image) -> Image.Image:

@@ -96,12 +96,14 @@ class Files(Part):
             root: str,
             split: str,
             class_to_idx: dict[str, int] | None = None,
+            alpha: bool = False,
     ) -> None:
         names = sorted({entry.folder for entry in entries}, key=natural_order)
         self.has_labels = class_to_idx is not None or names != ['']
         if class_to_idx is None and self.has_labels:
             class_to_idx = {name: i for i, name in enumerate(names)}
         self.entries, self.root, self.split, self.class_to_idx = entries, root, split, class_to_idx or {}
+        self.alpha = alpha
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -114,7 +116,7 @@ class Files(Part):
             raise PictureError(f'{printable(entry.name)} cannot be read: {e.strerror}.') from e
         except ValueError as e:
             raise PictureError(f'{printable(entry.name)} cannot be used: {e}.') from e
-        return read_picture(file, entry.name), self.class_to_idx.get(entry.folder, NO_LABEL)
+        return read_picture(file, entry.name, self.alpha), self.class_to_idx.get(entry.folder, NO_LABEL)
 
     def name(self, index: int) -> str:
         return self.entries[index].name
@@ -238,12 +240,18 @@ def open_source(source: str, split: str, root: str | None, class_map: str, broke
     return Files(kept, folder, split, classes)
 
 
-def open_several(sources: Sequence[str], split: str, root: str | None, broken: list[str]) -> list[Part]:
-    """Files first, and in their order; then what is no file."""
+def open_several(
+        sources: Sequence[str],
+        split: str,
+        root: str | None,
+        broken: list[str],
+        alpha: bool = False,
+) -> list[Part]:
+    """Files first, and in their order, with their transparency if `alpha`; then what is no file."""
     named = [s for s in sources if not os.path.lexists(s) and (s == DIGITS or s.startswith(_PREFIXES))]
     entries, wrong = find_pictures([s for s in sources if s not in named])
     broken += wrong
-    parts: list[Part] = [Files(entries, '', split)] if entries else []
+    parts: list[Part] = [Files(entries, '', split, alpha=alpha)] if entries else []
     return parts + [open_source(s, split, root, '', broken) for s in named]
 
 

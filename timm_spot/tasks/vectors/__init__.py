@@ -1,0 +1,1 @@
+"""Pictures as SVG: flat regions with shared borders, painted one over the other."""
