@@ -128,6 +128,7 @@ def test_the_prefix_of_mixed_placements_is_no_name():
 
 @pytest.mark.parametrize('sampler', ['isotropic', 'center', 'coarse+center'])
 def test_a_placement_without_its_cells_is_saved_without_them(sampler, tmp_path):
-    positions = sample_positions(sampler, 9, (64, 64))
-    assert positions.is_contiguous() and positions.untyped_storage().nbytes() == positions.nbytes
-    save_file(dict(positions=positions), tmp_path / 'placement.safetensors')
+    placements = [sample_positions(sampler, 9, (64, 64)), sample_placement(sampler, 9, (64, 64))]
+    for placement in placements:
+        assert placement.is_contiguous() and placement.untyped_storage().nbytes() == placement.nbytes
+        save_file(dict(placement=placement), tmp_path / 'placement.safetensors')

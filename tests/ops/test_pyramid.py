@@ -66,6 +66,21 @@ def test_axes_have_scales_of_their_own():
     assert sorted(tall.flatten().unique().tolist()) == [0., 1.]
 
 
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2 ** 20), along=st.floats(1., 7.), across=st.floats(1., 7.))
+def test_the_scale_across_stripes_changes_nothing(seed, along, across):
+    torch.manual_seed(seed)
+    stripes = torch.rand(1, 2, 1, 96, dtype=torch.float64).expand(-1, -1, 96, -1)
+    positions = 0.4 + 0.2 * torch.rand(1, 3, 2, dtype=torch.float64)
+    spacing = torch.tensor([across, along], dtype=torch.float64).expand(1, 3, 2)
+    read = sized_windows(stripes, positions, spacing, 5, range(5))
+    turned = sized_windows(stripes.mT, positions.flip(-1), spacing.flip(-1), 5, range(5))
+    for i in range(3):
+        expected = by_levels(stripes, positions[0, i], along, 5)
+        torch.testing.assert_close(read[0, :, i], expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(turned[0, :, i], expected.mT, rtol=0, atol=1e-10)
+
+
 def test_no_aliasing():
     """A checkerboard of pixels is grey at any larger size, wherever the samples fall."""
     board = (torch.arange(64)[:, None] + torch.arange(64)).remainder(2).float()[None, None]
