@@ -197,7 +197,7 @@ def test_windows_are_drawn_at_their_size():
 
 def test_what_is_seen_is_as_sharp_as_its_window():
     image = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(0))
-    # All of it by 8 x 8 samples, 4 x 8 pixels each, and a quarter of a pixel below its middle a window of single pixels.
+    # All of it by 8 x 8 samples, 4 x 8 pixels each, and a quarter pixel below its middle a window of single pixels.
     placement = torch.tensor([[0.5 + 0.25 / 32, 0.5, 1., 1.], [0.5, 0.5, 4., 8.]])
     seen = torch.from_numpy(timm_spot.draw_seen(image, placement, 8).images[0].get_array()[..., :3].copy())
     coarse = F.interpolate(F.avg_pool2d(image, (4, 8)), (32, 64), mode='bilinear')[0].permute(1, 2, 0).clone()
