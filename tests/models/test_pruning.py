@@ -314,6 +314,19 @@ def test_hooks_on_blocks_and_projections_are_called_in_each_pass():
             assert len(calls) == 2 * 4 * 4
 
 
+def test_features_reach_every_parameter():
+    model = timm_spot.sparsify(backbone(), 0.5).train()
+    for keep_rate in (0.5, 1.):
+        model.set_keep_rate(keep_rate)
+        model.zero_grad()
+        model.forward_features(images()).square().sum().backward()
+        assert {name for name, p in model.named_parameters() if p.grad is None} == {'head.weight', 'head.bias'}
+    model.set_keep_rate(0.5)
+    model.zero_grad()
+    sum(f.square().sum() for f in model.forward_intermediates(images(), intermediates_only=True)).backward()
+    assert {name.split('.')[0] for name, p in model.named_parameters() if p.grad is None} == {'norm', 'head'}
+
+
 def test_predictors_that_judge_nothing_have_a_gradient_of_zero():
     model = timm_spot.sparsify(backbone(), keep_rate=1).train()
     with torch.no_grad():

@@ -121,7 +121,7 @@ class TokenPruning(PruningSettings):
 
     def forward_dropped(self, x: torch.Tensor) -> torch.Tensor:
         """Embedded tokens to those left after the last block, normalised, (B, prefix + count, D)."""
-        return self.norm(self._drop(x).last.tokens)
+        return self.join_predictors(self.norm(self._drop(x).last.tokens))
 
     def forward_merged(self, x: torch.Tensor) -> torch.Tensor:
         """Embedded tokens to logits (B, classes), tokens in proportion to their size where they are pooled."""
@@ -172,15 +172,16 @@ class TokenPruning(PruningSettings):
         """Logits of tokens (B, prefix + n, D), each pooled as much as its weight, of (B, prefix + n), says."""
         return self.head(self.head_drop(self.fc_norm(pool_weighted(self, x, weights))))
 
-    def join_predictors(self, logits: torch.Tensor) -> torch.Tensor:
-        """The same logits, with predictors that had no part in them joined to their graph, for a gradient of zero.
+    def join_predictors(self, x: torch.Tensor) -> torch.Tensor:
+        """The same tensor, with predictors that had no part in it joined to its graph, for a gradient of zero.
 
-        At keep rate 1 no token is judged, and DistributedDataParallel waits for a gradient of every parameter.
+        At keep rate 1 no token is judged, otherwise only masks have a gradient, and DistributedDataParallel waits for
+        one of every parameter.
         """
         if self.training:
             for p in self.predictors.parameters():
-                logits = logits + p.flatten()[:0].sum().to(logits.dtype)
-        return logits
+                x = x + p.flatten()[:0].sum().to(x.dtype)
+        return x
 
     def forward_intermediates(
             self,
@@ -222,7 +223,7 @@ class TokenPruning(PruningSettings):
         taken = dropped.taken
         if restore:
             taken = [restore_tokens(y, self.num_prefix_tokens, positions if self.drops else None) for y in taken]
-        tokens = [self.norm(y.tokens) if norm else y.tokens for y in taken]
+        tokens = [self.join_predictors(self.norm(y.tokens) if norm else y.tokens) for y in taken]
         last = None if intermediates_only else self.norm(dropped.last.tokens)
         return format_intermediates(
             tokens, last, self.num_prefix_tokens, return_prefix_tokens, output_dict, to_map)

@@ -48,7 +48,7 @@ class RelevanceVisionTransformer(TokenPruning, VisionTransformer):
     ) -> torch.Tensor:
         """Images (B, C, H, W) to the tokens left after the last block, (B, prefix + count, D)."""
         if not self.reduces:
-            return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
+            return self.join_predictors(super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal))
         check_no_mask(attn_mask, is_causal)
         return self.forward_dropped(self._embed(x))
 
@@ -65,7 +65,7 @@ class RelevanceVisionTransformer(TokenPruning, VisionTransformer):
         if self.merges:
             check_no_mask(attn_mask, is_causal)
             return self.join_predictors(self.forward_merged(self._embed(x)))
-        return self.join_predictors(self.forward_head(self.forward_features(x, attn_mask, is_causal)))
+        return self.forward_head(self.forward_features(x, attn_mask, is_causal))
 
 
 class RelevanceSubpixelVisionTransformer(TokenPruning, SubpixelVisionTransformer):
@@ -98,7 +98,8 @@ class RelevanceSubpixelVisionTransformer(TokenPruning, SubpixelVisionTransformer
     ) -> torch.Tensor:
         """Images (B, C, H, W), placed as `positions` say, to the tokens left after the last block."""
         if not self.reduces:
-            return super().forward_features(x, positions, attn_mask=attn_mask, is_causal=is_causal)
+            features = super().forward_features(x, positions, attn_mask=attn_mask, is_causal=is_causal)
+            return self.join_predictors(features)
         check_no_mask(attn_mask, is_causal)
         return self.forward_dropped(self._embed(x, positions))
 
@@ -116,8 +117,7 @@ class RelevanceSubpixelVisionTransformer(TokenPruning, SubpixelVisionTransformer
         if self.merges:
             check_no_mask(attn_mask, is_causal)
             return self.join_predictors(self.forward_merged(self._embed(x, positions)))
-        logits = self.forward_head(self.forward_features(x, positions, attn_mask, is_causal))
-        return self.join_predictors(logits)
+        return self.forward_head(self.forward_features(x, positions, attn_mask, is_causal))
 
 
 _CLASSES = {
