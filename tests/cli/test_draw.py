@@ -218,3 +218,12 @@ def test_a_bad_picture_is_named(tmp_path, kind):
         result = run('draw', tmp_path / name, '--out', tmp_path / 'out.png', '--kind', kind)
         assert result.exit_code == 1 and name in result.stderr and result.stderr.count('\n') == 1
     assert not (tmp_path / 'out.png').exists()
+
+
+@pytest.mark.parametrize('kind', ['placement', 'seen', 'trajectory', 'film', 'pruning'])
+def test_windows_of_all_sizes_are_drawn(pictures, saved, tmp_path, kind):
+    out = tmp_path / ('out.gif' if kind == 'film' else 'out.png')
+    result = run('draw', pictures / 'a.png', '--out', out, '--kind', kind, '--model', saved, '--n-tokens', 9,
+                 '--coverage', 0.7, '--steps', 2)
+    assert result.exit_code == 0, result.output
+    assert out.stat().st_size > 1000

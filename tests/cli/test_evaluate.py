@@ -106,3 +106,15 @@ def test_study_says_what_is_wrong(tmp_path, arguments, says):
     result = study(*arguments, '--out', tmp_path / 'out')
     assert result.exit_code != 0 and says in result.output and 'Traceback' not in result.output
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_row_for_each_coverage_computed_once(folder, saved, tmp_path):
+    arguments = ('--samplers', 'isotropic,coarse+center', '--budgets', '4', '--oracle', 'isotropic')
+    result = evaluate(folder, saved, tmp_path / 'out', *arguments, '--coverages', '0,1')
+    assert result.exit_code == 0 and '6 rows computed, 0 found' in result.output, result.output
+    for part in ('isotropic, coverage 1', 'coarse+center, coverage 1', 'oracle isotropic, coverage 1'):
+        assert part in result.output
+    result = evaluate(folder, saved, tmp_path / 'out', *arguments, '--coverages', '1,0.5')
+    assert result.exit_code == 0 and '3 rows computed, 3 found' in result.output, result.output
+    # The model's own coverage, which is 0.
+    assert '0 rows computed, 3 found' in evaluate(folder, saved, tmp_path / 'out', *arguments).output

@@ -43,3 +43,23 @@ def test_a_placer_of_ones_own_is_the_start(pictures, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     trajectory = OracleResult.from_safetensors(out).trajectory
     assert trajectory.shape == (2, 2, 3, 2) and (trajectory[:, 0] == 0.25).all()
+
+
+def test_sizes_are_searched_and_a_run_with_others_is_another(pictures, saved, tmp_path):
+    def search(*arguments):
+        return run('oracle', pictures, '--model', saved, '--objective', 'entropy', '--steps', 1, '--n-tokens', 4,
+                   '--out', tmp_path / 'r.safetensors', *arguments)
+
+    result = search('--coverage', 0.5, '--optimize', 'position,size')
+    assert result.exit_code == 0, result.output
+    trajectory = OracleResult.from_safetensors(tmp_path / 'r.safetensors').trajectory
+    assert trajectory.shape == (2, 2, 4, 4) and (trajectory[:, 0, :, 2:] == 2.).all()  # cells of 4 windows
+    assert (trajectory[:, 1, :, 2:] != 2.).any() and (trajectory[:, 1, :, :2] != trajectory[:, 0, :, :2]).any()
+    assert search('--coverage', 0.5, '--optimize', 'position,size').exit_code == 0
+    for arguments, differing in (
+            (('--coverage', 1, '--optimize', 'position,size'), 'coverage'), (('--coverage', 0.5), 'search'),
+            (('--coverage', 0, '--optimize', 'position,size'), 'coverage')):
+        result = search(*arguments)
+        assert result.exit_code == 1 and f'was made with other settings ({differing})' in result.output
+    result = search('--optimize', 'shape')
+    assert result.exit_code != 0 and 'shape' in result.output

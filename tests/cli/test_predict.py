@@ -322,3 +322,15 @@ def test_a_placer_and_a_seed_are_heard(pictures, saved):
     assert rows[0] == rows[2] != rows[1]
     result = run('predict', pictures, '--model', saved, '--placer', 'sampeld')
     assert result.exit_code == 1 and "did you mean 'sampled'" in result.stderr
+
+
+@pytest.mark.parametrize('arguments', [('--coverage', 1), ('--sampler', 'coarse+center')])
+def test_windows_of_all_sizes(folder, saved, tmp_path, arguments):
+    asked = (folder, '--model', saved, '--n-tokens', 4, '--json')
+    plain = predict(*asked)
+    sized = predict(*asked, *arguments, '--save-placement', tmp_path / 'p.png')
+    assert sized.exit_code == 0, sized.output
+    assert json.loads(sized.stdout) != json.loads(plain.stdout)
+    assert sorted(file.name for file in tmp_path.glob('p-*.png')) == ['p-a.png', 'p-b.png']
+    refused = predict(folder, '--model', saved, '--coverage', 1.5)
+    assert refused.exit_code == 1 and 'coverage=1.5 must be a number of at least 0 and at most 1' in refused.output

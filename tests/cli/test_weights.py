@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from commands import run
 from safetensors.torch import save_file
 
@@ -30,3 +31,9 @@ def test_convert_and_push_report_mistakes_in_one_line(tmp_path):
 def test_export_refuses_models_that_place_no_tokens(dht, tmp_path):
     result = run('export', f'local-dir:{dht}/model', tmp_path / 'x.onnx')
     assert result.exit_code == 1 and 'tokens are regions that it finds itself' in result.output
+
+
+@pytest.mark.parametrize('arguments', [('--coverage', 0.5, '--positions-as-input'), ('--sampler', 'coarse+center')])
+def test_export_with_sizes(saved, tmp_path, arguments):
+    result = run('export', saved, tmp_path / 'x.pt2', '--n-tokens', 4, *arguments)
+    assert result.exit_code == 0 and 'largest difference to the model' in result.output, result.output
