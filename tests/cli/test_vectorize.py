@@ -68,6 +68,7 @@ def test_what_is_there_is_not_overwritten_silently(tmp_path):
     (['--tolerance', 'nan'], 'tolerance=nan'), (['--tolerance', 'inf'], 'tolerance=inf'),
     (['--tolerance', '101'], 'tolerance=101'), (['--max-kb', '0'], 'max_kb=0'), (['--max-kb', 'inf'], 'max_kb=inf'),
     (['--max-kb', '3', '--regions', '4'], 'regions=4 and max_kb=3.0 exclude each other'),
+    (['--psnr', '0'], 'psnr=0'), (['--psnr', '300'], 'psnr=300'),
     (['--regions', '0'], 'regions=0'), (['--regions', '1000000000000'], 'regions=1000000000000'),
     (['--max-side', '0'], 'max_side=0'),
 ])
@@ -84,6 +85,15 @@ def test_files_of_a_size_and_what_is_too_small(tmp_path):
     assert result.exit_code == 0 and 1800 < (tmp_path / 'a.svg').stat().st_size <= 2000
     result = run('vectorize', tmp_path / 'a.png', '--out', tmp_path, '--max-kb', 0.01, '--overwrite')
     assert result.exit_code == 1 and 'a.png: max_kb=0.01 is less than' in result.stderr
+
+
+@pytest.mark.parametrize('mode', ['polygon', 'curve', 'auto'])
+def test_modes_and_quality(mode, tmp_path):
+    Image.effect_noise((40, 30), 90).save(tmp_path / 'a.png')
+    result = run('vectorize', tmp_path / 'a.png', '--out', tmp_path, '--psnr', 12, '--mode', mode)
+    assert result.exit_code == 0, result.output
+    data = ''.join(e.attrib['d'] for e in ET.parse(tmp_path / 'a.svg').getroot() if e.tag.endswith('path'))
+    assert ('q' in data) == (mode == 'curve')
 
 
 def test_transparency_and_orientation(tmp_path):

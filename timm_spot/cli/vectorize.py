@@ -11,7 +11,7 @@ from ..tasks.kept import write_whole
 from ..tasks.pictures.datasets import Pictures
 from ..tasks.pictures.files import printable
 from ..tasks.pictures.images import PictureError
-from ..tasks.vectors.vectorize import Detail, picture_to_svg
+from ..tasks.vectors.vectorize import MODES, Detail, picture_to_svg
 from .common import clean_errors, main, report_broken
 from .options import overwrite_option
 from .params import COUNT, POSITIVE, OutputFolder, check_overwrite
@@ -24,6 +24,9 @@ from .params import COUNT, POSITIVE, OutputFolder, check_overwrite
               help='Shrink pictures whose longer side exceeds this.')
 @click.option('--regions', type=COUNT, help='Exactly so many; by default those that are worth their bytes.')
 @click.option('--max-kb', type=POSITIVE, help='As many regions as fit in so many kB, of 1,000 bytes.')
+@click.option('--psnr', type=POSITIVE, help='As few regions as come so near to the picture, in dB.')
+@click.option('--mode', type=click.Choice(MODES), default='auto', show_default=True,
+              help='auto: polygons, or curves where they make the file smaller and no worse.')
 @click.option('--tolerance', type=POSITIVE, help='How far, in pixels, borders may move to become simpler.')
 @overwrite_option
 def vectorize(
@@ -32,6 +35,8 @@ def vectorize(
         max_side: int,
         regions: int | None,
         max_kb: float | None,
+        psnr: float | None,
+        mode: str,
         tolerance: float | None,
         overwrite: bool,
 ) -> None:
@@ -41,7 +46,7 @@ def vectorize(
     and the exit status is 1.
     """
     with clean_errors():
-        detail = Detail(regions=regions, tolerance=tolerance, max_kb=max_kb)
+        detail = Detail(regions, max_kb, psnr, tolerance, mode)
         pictures = Pictures(images, alpha=True)
         broken = list(pictures.broken)
         paths: dict[Path, str] = {}

@@ -9,6 +9,7 @@ from scipy.ndimage import label
 from timm_spot.ops.regions.borders import OUTSIDE
 from timm_spot.ops.regions.zones import build_dendrogram
 from timm_spot.tasks.vectors.drawing import draw_labels, mean_colors, to_svg
+from timm_spot.tasks.vectors.raster import paint_shapes
 
 
 def paint(drawing, height, width):
@@ -66,6 +67,18 @@ def test_a_diagonal_is_one_line_for_both_sides():
     drawing = draw_labels(labels, 0.75)
     assert len(drawing.points) <= 6 + 4  # around the picture, and the smaller triangle
     assert (paint(drawing, 30, 30) != labels).mean() < 0.04
+
+
+def test_curves_stay_near():
+    """A disc: both sides of its border are the same curve, within the tolerance of the disc."""
+    y, x = np.mgrid[:60, :60]
+    labels = ((y - 29.5) ** 2 + (x - 29.5) ** 2 < 20.3 ** 2).astype(int)
+    drawing = draw_labels(labels, 0.7, 4, curved=True)
+    assert drawing.control.any() and not (drawing.points[drawing.control] % 2).any()
+    shapes = paint_shapes(drawing, (60, 60), 4)
+    y, x = (np.mgrid[:240, :240] + 0.5) / 4
+    radius = np.hypot(y - 30, x - 30)
+    assert (shapes[radius < 19] == 1).all() and (shapes[radius > 21.6] == 0).all()
 
 
 def test_nothing_drawn_where_nothing_is():

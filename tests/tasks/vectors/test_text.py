@@ -72,3 +72,18 @@ def test_titles_are_escaped():
     root = ET.fromstring(svg_document(['m0 0h1v1z'], ['#fff'], (3, 2), 4, '<a> & "b"'))
     assert root.attrib == dict(width='3', height='2', viewBox='0 0 12 8')
     assert root[0].text == '<a> & "b"' and root[1].attrib == dict(fill='#fff', d='m0 0h1v1z')
+
+
+def test_curves():
+    """Two control points in a row mirror each other at the point between: the second curve needs no control point."""
+    points = np.array([[0, 0], [4, 0], [8, 4], [8, 10], [20, 10], [20, 20]])
+    control = np.array([False, True, True, False, False, True])
+    # From (0, 0) by (4, 0) to (6, 2), by (8, 4) to (8, 10), a line, and by (20, 20) back.
+    text, = ring_paths(np.zeros(6), np.zeros(6), points, control)
+    assert text == 'm0 0q4 0 6 2t2 8h12q0 10-20-10z'
+
+
+def test_what_is_straight_beside_a_curve_stays():
+    points = np.array([[0, 0], [4, 0], [8, 0], [12, 0], [12, 12]])
+    assert ring_paths(np.zeros(5), np.zeros(5), points, np.arange(5) == 2) == ['m0 0h4q4 0 8 0v12z']
+    assert ring_paths(np.zeros(5), np.zeros(5), points) == ['m0 0h12v12z']

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from timm_spot.tasks.vectors.vectorize import Detail, picture_to_svg
+from timm_spot.tasks.vectors.vectorize import MODES, Detail, Vectorizer, picture_to_svg
 
 
 def photograph(size=(60, 45), seed=0):
@@ -60,6 +60,29 @@ def test_too_small_a_file_is_refused():
         picture_to_svg(photograph(), Detail(max_kb=0.05))
 
 
+@pytest.mark.parametrize('make, psnr', [(photograph, 20.), (photograph, 26.), (graphic, 30.)])
+def test_the_fewest_regions_for_a_quality(make, psnr):
+    n = len(paths(picture_to_svg(make(), Detail(psnr=psnr))))
+    vectorizer = Vectorizer(make(), Detail())
+    assert vectorizer.psnr(n) >= psnr and vectorizer.psnr(int(0.9 * n)) < psnr + 0.3
+
+
+def test_a_quality_out_of_reach():
+    with pytest.raises(ValueError, match=r'psnr=90\.0 is more than the \d+\.\d dB that all regions have'):
+        picture_to_svg(graphic(), Detail(psnr=90.))
+
+
+def test_curves_where_they_pay():
+    """Large discs: fewer bytes and nearer to the picture than polygons; a photograph has none to round."""
+    disc = Image.new('RGB', (1200, 1200), '#fff')
+    ImageDraw.Draw(disc).ellipse((90, 90, 1110, 1110), fill='#159')
+    disc = disc.resize((300, 300), Image.Resampling.BOX)
+    texts = {mode: picture_to_svg(disc, Detail(regions=2, mode=mode)) for mode in MODES}
+    assert 'q' in texts['curve'] and 'q' not in texts['polygon'].partition('</title>')[2]
+    assert texts['auto'] == min(texts['polygon'], texts['curve'], key=len)
+    assert len(paths(picture_to_svg(photograph(), Detail(regions=300, mode='curve')))) == 300
+
+
 def test_tolerance_makes_simpler_files():
     size = [len(picture_to_svg(photograph(), Detail(regions=60, tolerance=t))) for t in (0.1, 0.7, 3.)]
     assert size[0] > size[1] > size[2]
@@ -99,10 +122,11 @@ def test_the_same_bytes_on_any_number_of_threads():
 
 @pytest.mark.parametrize('name, value', [
     *(('regions', v) for v in (0, 2.5, -3, 10 ** 7)), *(('tolerance', v) for v in (0., -1., float('nan'), 1e6)),
-    *(('max_kb', v) for v in (0., -1., float('nan'), float('inf')))])
+    *(('max_kb', v) for v in (0., -1., float('nan'), float('inf'))), *(('psnr', v) for v in (0., float('nan'), 100.)),
+    ('mode', "'spline'")])
 def test_details_out_of_their_ranges(name, value):
     with pytest.raises(ValueError, match=f'{name}={value} must'):
-        Detail(**{name: value})
+        Detail(**{name: value.strip("'") if isinstance(value, str) else value})
 
 
 def test_details_that_exclude_each_other():

@@ -11,6 +11,7 @@ from ...ops.regions.mixing import subpixel_lines
 from ...ops.regions.simplify import select_lines, simplify_lines
 from .text import hex_colors, ring_paths, svg_document
 
+_OUTWARDS = 2 / 3  # of what a curve cuts off a corner, how far the corner moves
 _EXACT = 1e-3  # a tolerance that only leaves out what is straight
 
 
@@ -19,6 +20,7 @@ class Drawing(NamedTuple):
     owner: np.ndarray  # (P,) place of each point's shape in the order
     ring: np.ndarray  # (P,)
     points: np.ndarray  # (P, 2) x and y, in units of 1 / scale pixels
+    control: np.ndarray  # (P,) which points draw curves towards them, see `ring_paths`
     regions: np.ndarray  # (N,) region of each shape
     scale: int
 
@@ -28,6 +30,7 @@ def draw_labels(
         tolerance: float,
         scale: int = 1,
         pixels: np.ndarray | None = None,
+        curved: bool = False,
 ) -> Drawing:
     """Shapes of all regions of (H, W) labels 0..N - 1 and `OUTSIDE`.
 
@@ -36,12 +39,16 @@ def draw_labels(
         tolerance: How far a border may move, in pixels.
         scale: Units of the coordinates for each pixel.
         pixels: (H, W, 3), for borders that run within pixels, where colours mix; by default they run between them.
+        curved: Round those corners of borders that move no further than the tolerance by it; with an even `scale`.
     """
     borders = find_borders(labels)
     sizes = np.bincount(labels[labels != OUTSIDE])
     lines = (borders.corners.astype(float), borders.start) if pixels is None else subpixel_lines(
         borders, pixels, mean_colors(pixels, labels))
     points, start = _simple_borders(borders, lines, sizes, tolerance, scale)
+    control = np.zeros(len(points), dtype=bool)
+    if curved:
+        points, control = _round_corners(points, start, tolerance * scale)
     points = points.clip(0, np.array(labels.shape[::-1]) * scale)
     order, owner, arc, forward = stack_regions(sizes, borders.left, borders.right, np.diff(start).astype(float))
     place = np.empty(len(sizes), dtype=np.int64)
@@ -51,12 +58,13 @@ def draw_labels(
     ends = np.stack([first[:, 1] * width + first[:, 0], last[:, 1] * width + last[:, 0]], axis=1)
     traced, ring = trace_rings(place[owner], arc, forward, ends)
     owner, arc, forward = owner[traced], arc[traced], forward[traced]
-    points, line_start = select_lines(points, start, arc, forward)
+    rows, line_start = select_lines(np.column_stack([points, control]), start, arc, forward)
     length = np.diff(line_start)
-    inner = np.ones(len(points), dtype=bool)
+    inner = np.ones(len(rows), dtype=bool)
     inner[line_start[1:] - 1] = False  # where the next line starts
     return Drawing(
-        np.repeat(place[owner], length)[inner], np.repeat(ring, length)[inner], points[inner], order, scale)
+        np.repeat(place[owner], length)[inner], np.repeat(ring, length)[inner], rows[inner, :2],
+        rows[inner, 2].astype(bool), order, scale)
 
 
 def _simple_borders(
@@ -87,6 +95,24 @@ def _simple_borders(
     return points, start
 
 
+def _round_corners(points: np.ndarray, start: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray]:
+    """Points, and which of them control a curve that cuts their corner by at most so much, from halfway to halfway.
+
+    The pieces beside them cut through the curve that they stand for, so these corners move outwards a little; and to
+    even coordinates, as halfway between two of them there is a point of the curve.
+    """
+    inner = np.ones(len(points), dtype=bool)
+    inner[start[:-1]] = inner[start[1:] - 1] = False
+    at = np.flatnonzero(inner)
+    one, two = points[at] - points[at - 1], points[at + 1] - points[at]
+    cut = (one - two) / 8
+    rounds = (np.sqrt((cut ** 2).sum(1)) <= most) & ((one * two).sum(1) > 0)
+    inner[at] = rounds
+    out = points.copy()
+    out[inner] = 2 * np.rint((points[at] + _OUTWARDS * cut)[rounds] / 2).astype(np.int64)
+    return out, inner
+
+
 def _areas(points: np.ndarray, start: np.ndarray, borders: Borders, n: int) -> np.ndarray:
     """Area of each region within its borders, in square units."""
     cross = points[:-1, 0] * points[1:, 1] - points[:-1, 1] * points[1:, 0]
@@ -108,5 +134,5 @@ def mean_colors(pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def to_svg(drawing: Drawing, colors: np.ndarray, size: tuple[int, int], title: str) -> str:
     """The file of a drawing, its regions in (N, 3) colours, `size` (width, height) pixels large."""
-    paths = ring_paths(drawing.owner, drawing.ring, drawing.points)
+    paths = ring_paths(drawing.owner, drawing.ring, drawing.points, drawing.control)
     return svg_document(paths, hex_colors(colors[drawing.regions]), size, drawing.scale, title)
