@@ -9,9 +9,15 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import timm
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file
+from timm.utils import CheckpointSaver
+
+import timm_spot
+from timm_spot.tasks.pictures.digits import draw_canvases, load_digits
 
 RECIPES = Path(__file__).parent.parent / 'recipes'
 
@@ -100,3 +106,63 @@ def test_train_digits_places_with_sizes():
     embed = digits.timm.create_model(digits.NAME, depth=1).patch_embed
     digits.start_from_sines(embed)
     assert embed.pos_proj.weight.abs().mean() > 0.05
+
+
+def train_placer(folder: Path, out: str, *options: str) -> dict[str, torch.Tensor]:
+    """The weights after training on a folder of canvases by the recipe."""
+    module, data = recipe('train_placer'), folder / 'data'
+    if not data.exists():
+        digits, _ = load_digits('train')
+        canvases = draw_canvases(digits[:12], torch.Generator().manual_seed(0))
+        for i, canvas in enumerate(canvases):
+            file = data / ('train' if i < 8 else 'validation') / 'digit' / f'{i}.png'
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(canvas.numpy()).save(file)
+    arguments = [
+        str(data), '--model', 'spot_vit_pico_patch8_64.digits', '--epochs', '2', '-b', '4', '--out', str(folder / out)]
+    result = CliRunner().invoke(module.main, [*arguments, *options], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return load_file(folder / out / 'model' / 'model.safetensors')
+
+
+def test_a_placer_follows_the_attention_of_its_model(tmp_path):
+    trained = train_placer(tmp_path, 'out')
+    digits = timm.create_model('spot_vit_pico_patch8_64.digits', pretrained=True).state_dict()
+    assert all(torch.equal(trained[name], value) for name, value in digits.items())  # nothing else has changed
+    model = timm.create_model(f'local-dir:{tmp_path}/out/model', pretrained=True, n_tokens=9).eval()
+    assert model.placer.name == 'density' and model.placer.head.weight.abs().max() > 0
+    images = torch.rand(2, 3, 64, 64)
+    assert (model.place(images) - timm_spot.sample_positions('isotropic', 9, (64, 64))).abs().max() > 1e-4
+
+
+def test_training_of_a_placer_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    whole = train_placer(tmp_path, 'whole')
+
+    class Stopped(Exception):
+        pass
+
+    def save_and_stop(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        save = CheckpointSaver.save_checkpoint
+        patch.setattr(CheckpointSaver, 'save_checkpoint', save_and_stop)
+        with pytest.raises(Stopped):
+            train_placer(tmp_path, 'half')
+    resumed = train_placer(tmp_path, 'half', '--resume', str(tmp_path / 'half' / 'last.pth.tar'))
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_a_placer_learns_from_a_folder_of_maps(tmp_path):
+    train_placer(tmp_path, 'own')
+    for file in tmp_path.glob('data/*/digit/*.png'):
+        (tmp_path / 'maps').mkdir(exist_ok=True)
+        spot = np.zeros((64, 64), np.uint8)
+        spot[48:, 48:] = 255
+        Image.fromarray(spot).save(tmp_path / 'maps' / file.name)
+    options = ('--teacher', str(tmp_path / 'maps'), '--lr', '0.02', '--epochs', '10')
+    train_placer(tmp_path, 'out', *options)
+    model = timm.create_model(f'local-dir:{tmp_path}/out/model', pretrained=True, n_tokens=9).eval()
+    density = model.placer.density(torch.zeros(1, 3, 64, 64))[0]
+    assert density[12:, 12:].sum() > 3 * density[:4, :4].sum()

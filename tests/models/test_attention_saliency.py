@@ -122,3 +122,20 @@ def test_hooks_of_the_block_that_is_read_are_called():
         module.register_forward_hook(lambda *_: calls.append(1))
     attention_saliency(vit, torch.randn(1, 3, 32, 32))
     assert len(calls) == 3
+
+
+def test_attention_that_patches_receive_by_hand():
+    """The mean over the patches as queries, with class token and without."""
+    for keywords in (dict(), dict(class_token=False, global_pool='avg')):
+        vit, images = tiny_vit(**keywords).eval(), torch.randn(2, 3, 64, 64)
+        n = 16 + vit.num_prefix_tokens
+        with torch.no_grad():
+            x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+            x = vit.blocks[1].norm1(vit.blocks[0](x))
+            q, k, _ = vit.blocks[1].attn.qkv(x).view(2, n, 3, 2, 16).permute(2, 0, 3, 1, 4)
+            attention = (q @ k.transpose(-1, -2) / 4).softmax(dim=-1)[:, :, -16:, -16:].mean(dim=(1, 2)).view(2, 4, 4)
+        expected = F.interpolate(attention[:, None], (64, 64), mode='bilinear')[:, 0]
+        maps = attention_saliency(vit, images, queries='patches')
+        torch.testing.assert_close(maps, expected / expected.sum(dim=(1, 2), keepdim=True), rtol=1e-4, atol=0)
+    with pytest.raises(ValueError, match="queries='all' must be 'class' or 'patches'"):
+        attention_saliency(vit, images, queries='all')

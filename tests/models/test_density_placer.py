@@ -21,7 +21,7 @@ def placed():
     torch.manual_seed(0)
     model = timm.create_model(PICO, placer='density', n_tokens=9).eval()
     with torch.no_grad():
-        model.placer.head.weight.normal_(std=1.)
+        model.placer.head.weight.normal_(std=0.05)
     return model
 
 
@@ -126,12 +126,12 @@ def test_gradients_of_the_loss_are_those_of_finite_differences(placed):
     """Through windows, inverse distribution function, density and network, in float64."""
     placed.double()
     placed.placer.double()
-    x = images(2).double()
-    smooth = torch.nn.functional.avg_pool2d(x, 9, 1, 4)  # windows then bend little between pixels
+    # A smooth image bends little from pixel to pixel, where the windows' derivative is the mean of both sides.
+    x = torch.nn.functional.interpolate(images(2, 5, 5).double(), (64, 64), mode='bicubic')
     weight = placed.placer.head.weight
 
     def loss():
-        return placed(smooth, placed.placer(smooth)).square().sum()
+        return placed(x, placed.placer(x)).square().sum()
 
     loss().backward()
     slope = weight.grad.clone()
@@ -167,7 +167,7 @@ def test_it_costs_little():
         for model in (plain, placed):
             model.set_placement(n_tokens=n_tokens)
         assert 1. < count_flops(placed, images(1)) / count_flops(plain, images(1)) < 1.1
-    assert sum(p.numel() for p in placed.placer.parameters()) == 11_172
+    assert sum(p.numel() for p in placed.placer.parameters()) == 11_300
 
 
 @pytest.mark.parametrize('backend', ['eager', 'inductor'])

@@ -26,7 +26,7 @@ def test_any_subpixel_vit_is_given_one():
 def test_a_saved_model_is_loaded_with_it(tmp_path):
     model = timm_spot.add_placer(timm.create_model(PICO, n_tokens=(4, 16), coverage=0.5))
     with torch.no_grad():
-        model.placer.head.weight.normal_()
+        model.placer.head.weight.normal_(std=0.1)
     timm.models.save_for_hf(model, tmp_path)
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     images = torch.rand(2, 3, 64, 64)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_spot.ops.density import place_by_density, shape_density
+from timm_spot.ops.density import density_loss, place_by_density, shape_density
 from timm_spot.ops.lattices import isotropic
 
 
@@ -141,3 +141,15 @@ def test_shapes_of_densities():
     assert shape_density(maps, floor=1.).unique().tolist() == [0.25]
     for scale in (1e-30, 1e30):  # powers of these alone are zero and infinite
         torch.testing.assert_close(shape_density(maps * scale, power=2.), shape_density(maps, power=2.))
+
+
+def test_the_loss_is_the_divergence_from_maps_averaged_over_cells():
+    maps = torch.rand(2, 8, 12, dtype=torch.float64)
+    target = maps.unflatten(1, (4, 2)).unflatten(3, (4, 3)).mean(dim=(2, 4))
+    target = target / target.sum(dim=(1, 2), keepdim=True)
+    assert density_loss(target, maps).item() == pytest.approx(0., abs=1e-12)
+    other = density(4, 4)
+    expected = (target * (target / other).log()).sum() / 2
+    assert density_loss(other, maps).item() == pytest.approx(expected.item())
+    maps[0, :2] = 0.  # cells without any weight
+    assert density_loss(other, maps).isfinite()

@@ -66,8 +66,8 @@ _DEFAULT_SPARSE_MODEL = f'relevance_{DEFAULT_MODEL}'
               help='How much of its cell a window covers, from 0 (a pixel a sample) to 1 (windows tile the picture).')
 @click.option('--seeds', type=Items(SEED), default='0', show_default=True,
               help='For placements and tokens that are drawn.')
-@click.option('--saliency', type=SaliencyName(), metavar='spectral|energy|attention:NAME|FOLDER', default='spectral',
-              show_default=True, help='Maps for the salient samplers.')
+@click.option('--saliency', type=SaliencyName(), metavar='spectral|energy|self|attention:NAME|FOLDER',
+              default='spectral', show_default=True, help='Maps for the salient samplers.')
 @click.option('--split', default='validation', show_default=True)
 @click.option('--data-dir', help='Folder of a data set that DATA names with a prefix.')
 @class_map_option

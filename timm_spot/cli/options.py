@@ -48,9 +48,10 @@ n_tokens_option = click.option('--n-tokens', type=BUDGET, help='Budget; by defau
 sampler_option = click.option(
     '--sampler', type=SamplerName(), help='Spatial prior that places the tokens; by default that of the model.')
 saliency_option = click.option(
-    '--saliency', type=SaliencyName(), metavar='spectral|energy|attention:NAME|FOLDER',
+    '--saliency', type=SaliencyName(), metavar='spectral|energy|self|attention:NAME|FOLDER',
     help="Map for the salient samplers (without --sampler: 'salient'): spectral residual, local energy, the attention "
-         'of a pretrained timm ViT, or a folder with a map for each picture.')
+         "of the model's own last block at its full budget or of a pretrained timm ViT, or a folder with a map for "
+         'each picture.')
 placer_option = click.option(
     '--placer', type=PlacerName(), help="What places the tokens, by its registered name; by default that of the model.")
 coverage_option = click.option(

@@ -16,7 +16,7 @@ from ..models.pruning_scorers import get_scorer
 from ..ops.samplers import get_sampler
 from ..tasks.drawing.kinds import KINDS
 from ..tasks.evaluation.families import name_patterns
-from ..tasks.pictures.saliency_maps import WITHOUT_WEIGHTS
+from ..tasks.pictures.saliency_maps import SELF, WITHOUT_WEIGHTS
 from ..tasks.search.settings import MAX_STEPS
 
 MAX_BUDGET = 1_000_000  # tokens: the pixels of an image of 1,000 x 1,000
@@ -138,7 +138,7 @@ class ScorerName(_Param):
 
 
 class SaliencyName(_Param):
-    """'spectral', 'energy', 'attention:NAME' or a folder."""
+    """'spectral', 'energy', 'self', 'attention:NAME' or a folder."""
 
     name = 'source'
 
@@ -146,9 +146,9 @@ class SaliencyName(_Param):
         kind, _, vit = value.partition(':')
         if kind == 'attention':
             check_model_name(vit)
-        elif value not in WITHOUT_WEIGHTS and not Path(value).is_dir():
+        elif value not in (SELF, *WITHOUT_WEIGHTS) and not Path(value).is_dir():
             raise FileNotFoundError(
-                f"saliency={value!r} is none of: 'spectral', 'energy', 'attention:NAME', a folder of maps.")
+                f"saliency={value!r} is none of: 'spectral', 'energy', 'self', 'attention:NAME', a folder of maps.")
         return value
 
 

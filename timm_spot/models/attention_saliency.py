@@ -1,4 +1,4 @@
-"""Saliency from what a ViT's class token attends to.
+"""Saliency from what a ViT's class token attends to, or from what all its patches do.
 
 Paper: `Emerging Properties in Self-Supervised Vision Transformers` (DINO) - https://arxiv.org/abs/2104.14294
 """
@@ -16,23 +16,29 @@ from .attention import tap_attention
 
 
 @torch.no_grad()
-def attention_saliency(vit: nn.Module, images: torch.Tensor, block: int = -1) -> torch.Tensor:
-    """Attention of the class token to the patches, averaged over the heads of one block.
+def attention_saliency(
+        vit: nn.Module,
+        images: torch.Tensor,
+        block: int = -1,
+        queries: str = 'class',
+) -> torch.Tensor:
+    """Attention of the class token to the patches, averaged over the heads of one block; or what patches receive.
 
     Runs in eval mode and leaves the model as it was. A model of fixed size sees a resized copy of the images.
 
     Args:
         vit: A timm VisionTransformer, or a model built like one (DeiT, EVA, DINOv3), with a class token. A subpixel
-            one will do where its placement is a lattice.
+            one will do where its placement is a lattice. Without a class token only for `queries='patches'`.
         images: (B, C, H, W), normalised as `vit` expects them.
         block: Index of the block, the last by default.
+        queries: Whose attention: that of the 'class' token, or the mean over all 'patches'.
 
     Returns:
         Maps (B, H, W), float32, not negative, each summing to one: the attention at the patch centres, interpolated.
 
     Raises:
         TypeError: `vit` is no such model.
-        ValueError: It has no class token, or no such block; `images` has the wrong shape.
+        ValueError: It has no class token, or no such block; `images` has the wrong shape; other queries.
 
     Example:
         >>> import timm, torch
@@ -43,10 +49,12 @@ def attention_saliency(vit: nn.Module, images: torch.Tensor, block: int = -1) ->
     for name in ('patch_embed', 'blocks', 'forward_intermediates'):
         if not hasattr(vit, name):
             raise TypeError(f'vit must be a timm VisionTransformer, got {type(vit).__name__} without {name!r}.')
-    if getattr(vit, 'cls_token', None) is None:
+    if queries not in ('class', 'patches'):
+        raise ValueError(f"queries={queries!r} must be 'class' or 'patches'.")
+    if queries == 'class' and getattr(vit, 'cls_token', None) is None:
         raise ValueError(
             f"vit ({type(vit).__name__}) has no class token whose attention could be read: use a model with one, for "
-            "example 'vit_small_patch16_224.dino'.")
+            "example 'vit_small_patch16_224.dino', or queries='patches'.")
     if not -len(vit.blocks) <= block < len(vit.blocks):
         raise ValueError(f'block={block} does not exist, vit has {len(vit.blocks)} blocks.')
     if images.ndim != 4:
@@ -57,7 +65,8 @@ def attention_saliency(vit: nn.Module, images: torch.Tensor, block: int = -1) ->
     rows, columns = lattice(images.shape[-2:])
 
     attention = torch.stack(_read_attention(vit, images, block)).float().mean(dim=(0, 2))  # B L L
-    maps = attention[:, 0, -rows * columns:].unflatten(1, (rows, columns))
+    received = attention[:, 0] if queries == 'class' else attention[:, -rows * columns:].mean(dim=1)
+    maps = received[:, -rows * columns:].unflatten(1, (rows, columns))
     maps = F.interpolate(maps[:, None], (H, W), mode='bilinear')[:, 0]
     return normalize_saliency(maps)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 
 
 def shape_density(maps: torch.Tensor, power: float = 1., floor: float = 0.) -> torch.Tensor:
@@ -30,6 +31,22 @@ def shape_density(maps: torch.Tensor, power: float = 1., floor: float = 0.) -> t
     density = (maps / largest) ** power
     density = density / density.sum(dim=(1, 2), keepdim=True)
     return (1. - floor) * density + floor / density[0].numel()
+
+
+def density_loss(density: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Kullback-Leibler divergence of densities from the maps that they should follow, mean over images.
+
+    Args:
+        density: (B, h, w), positive, each summing to one.
+        maps: (B, H, W), not negative, none zero everywhere, averaged over the cells of the density.
+
+    Example:
+        >>> density_loss(torch.full((1, 2, 2), 0.25), torch.eye(4)[None])  # half of the cells have everything: log 2
+        tensor(0.6931)
+    """
+    target = F.adaptive_avg_pool2d(maps, density.shape[1:])
+    target = target / target.sum(dim=(1, 2), keepdim=True)
+    return F.kl_div(density.log(), target, reduction='batchmean')
 
 
 def place_by_density(lattice: torch.Tensor, density: torch.Tensor) -> torch.Tensor:

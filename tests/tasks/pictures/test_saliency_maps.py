@@ -14,6 +14,7 @@ from picture_files import BAD
 from PIL import ExifTags, Image
 from timm.data import create_transform
 
+import timm_spot
 from timm_spot.models.attention_saliency import attention_saliency
 from timm_spot.models.placement import Placer
 from timm_spot.ops import energy, spectral_residual
@@ -236,7 +237,13 @@ def test_sources_of_the_command_line(photos, tmp_path):
     expected = attention_saliency(vit, (images * cfg['std'][0] + cfg['mean'][0] - 0.5) / 0.5)
     torch.testing.assert_close(attend(images, photos), expected, rtol=1e-3, atol=1e-7)
 
-    with pytest.raises(FileNotFoundError, match="'spectral', 'energy', 'attention:NAME', a folder"):
+    placed = timm_spot.add_placer(timm.create_model(PICO, pretrained=True, n_tokens=9)).eval()
+    own = saliency_source('self', placed, transform)(images, photos)
+    full = timm.create_model(PICO, pretrained=True).eval()
+    torch.testing.assert_close(own, attention_saliency(full, images, queries='patches'))
+    assert placed.place(images).shape == (2, 9, 2)  # which is as it was
+
+    with pytest.raises(FileNotFoundError, match="'spectral', 'energy', 'self', 'attention:NAME', a folder"):
         saliency_source('spectrum', model, transform)
 
 

@@ -12,15 +12,18 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import Grayscale
 
+from ...models._shallow import shallow_copy
 from ...models.attention_saliency import attention_saliency
 from ...models.loading import create_checked
 from ...models.placement import SampledPlacer
+from ...models.prior import Prior
 from ...ops.saliency import energy, normalize_saliency, spectral_residual
 from ...ops.samplers import get_sampler
 from .files import open_regular, printable
 from .images import model_normalization, picture_size, read_grey
 
 SaliencySource = Callable[[torch.Tensor, Sequence[str | Path]], torch.Tensor]
+SELF = 'self'  # the attention of the model itself
 WITHOUT_WEIGHTS = {'spectral': spectral_residual, 'energy': energy}
 _SUFFIXES = ('.npy', '.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 
@@ -121,7 +124,8 @@ def saliency_source(source: str, model: nn.Module, transform: Callable[[Image.Im
     """What `--saliency` names, as a function from a batch and the files it came from to maps (B, H, W).
 
     Args:
-        source: 'spectral', 'energy', 'attention:NAME' (a timm ViT with its pretrained weights) or a folder of maps.
+        source: 'spectral', 'energy', 'attention:NAME' (a timm ViT with its pretrained weights), 'self' (what patches
+            receive in the model's own last block at its full budget) or a folder of maps.
         model: The model for which the images are normalised.
         transform: The transform of the images, for a folder.
 
@@ -130,6 +134,10 @@ def saliency_source(source: str, model: nn.Module, transform: Callable[[Image.Im
     """
     if source in WITHOUT_WEIGHTS:
         return lambda images, paths: WITHOUT_WEIGHTS[source](images)
+    if source == SELF:
+        prior = Prior(window=model.patch_embed.window)
+        full = shallow_copy(model, placer=SampledPlacer(prior, prior))
+        return lambda images, paths: attention_saliency(full, images, queries='patches')
     kind, _, name = source.partition(':')
     if kind == 'attention':
         vit = create_checked(name, pretrained=True).eval()
@@ -144,7 +152,7 @@ def saliency_source(source: str, model: nn.Module, transform: Callable[[Image.Im
         return attend
     if not Path(source).is_dir():
         raise FileNotFoundError(
-            f"saliency={source!r} is none of: 'spectral', 'energy', 'attention:NAME', a folder of maps.")
+            f"saliency={source!r} is none of: 'spectral', 'energy', 'self', 'attention:NAME', a folder of maps.")
     return lambda images, paths: load_saliency(source, paths, transform)
 
 
