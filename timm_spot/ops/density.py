@@ -44,7 +44,7 @@ def density_loss(density: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
         >>> density_loss(torch.full((1, 2, 2), 0.25), torch.eye(4)[None])  # half of the cells have everything: log 2
         tensor(0.6931)
     """
-    target = F.adaptive_avg_pool2d(maps, density.shape[1:])
+    target = F.adaptive_avg_pool2d(maps, (density.shape[1], density.shape[2]))
     target = target / target.sum(dim=(1, 2), keepdim=True)
     return F.kl_div(density.log(), target, reduction='batchmean')
 
