@@ -73,6 +73,10 @@ ROWS = {
         dict(coverage=(0.5, 1.)), at('isotropic', 1.) | at('center', 1.) | at('isotropic', 0.5)),
     'warped': Row(dict(coverage=1., sampler='center'), at('isotropic', 1.) | at('center', 1.)),
     'scattered': Row(dict(coverage=1., sampler='sobol'), at('isotropic', 1.) | at('center', 1.)),
+    'energy': Row(dict(coverage=0., sampler='salient_lattice', saliency='energy'), at('salient_lattice')),
+    'energy, covering': Row(dict(coverage=1., sampler='salient_lattice', saliency='energy'), at('salient_lattice', 1.)),
+    'placer': Row(dict(coverage=0., placer='density'), {'density, 0': {}}),
+    'placer, covering': Row(dict(coverage=1., placer='density'), {'density, 1': {}}),
     'mixed': Row(dict(coverage=0., sampler='coarse+sobol'), at('coarse+sobol') | at('coarse+center')),
 }
 

@@ -153,6 +153,23 @@ def test_layer_decay_groups_are_those_of_timm_s_vit():
     assert scales == sorted(scales) and ours['head.weight'][0] == 1.
 
 
+def test_a_placer_and_its_model_are_trained_together():
+    """As timm's train.py does: a task, layer decay, budgets that are drawn."""
+    model = create(placer='density', n_tokens=(4, 16)).train()
+    task = ClassificationTask(model, torch.nn.CrossEntropyLoss(), verbose=False)
+    optimizer = create_optimizer_v2(model, 'adamw', lr=1e-3, layer_decay=0.5)
+    images, labels = torch.randn(4, 3, 64, 64), torch.arange(4)
+    even = create(n_tokens=16).eval().place(images)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for _ in range(3):  # behind a last layer of zeros there is no gradient yet
+        optimizer.zero_grad()
+        task(images, labels)['loss'].backward()
+        optimizer.step()
+    assert all((p != before[name]).any() for name, p in model.named_parameters())
+    moved = (model.eval().place(images) - even).norm(dim=-1)
+    assert moved.max() > 1e-3 and model.place(images).unique(dim=0).shape[0] == 4  # each image in its own way
+
+
 def test_nan_stops_training():
     model = create().train()
     with pytest.raises(RuntimeError, match='NaN in the logits'):

@@ -6,7 +6,7 @@ the colours are Okabe & Ito's for the colour-blind - https://jfly.uni-koeln.de/c
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Callable, Iterator, Union
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ Picture = Union[torch.Tensor, np.ndarray, Image.Image]
 BLUE, ORANGE, GREY, DARK = '#0072b2', '#e69f00', '#808080', '#1c1c1c'
 SIDE = 4.  # inches of a picture's longer side
 ROUNDING = 1e-3  # what an image whose normalisation was undone may lie outside [0, 1]
+FILM_SUFFIXES = ('.gif', '.mp4')
 BLANK = (0.5, 0.5, 0.5, 0.25)  # lets the page show through
 
 
@@ -93,6 +94,48 @@ def save_figure(figure: Figure, path: Path) -> None:
             figure.savefig(partial, dpi=150)
     finally:
         plt.close(figure)
+
+
+def check_film(path: Path) -> None:
+    """Raise ValueError or RuntimeError where a film of this name cannot be written, before any work."""
+    need('matplotlib')
+    from matplotlib.animation import FFMpegWriter
+
+    if path.suffix not in FILM_SUFFIXES:
+        raise ValueError(f'path={str(path)!r} must end in {" or ".join(FILM_SUFFIXES)}.')
+    if path.suffix == '.mp4' and not FFMpegWriter.isAvailable():
+        raise RuntimeError(f'{path} needs the program ffmpeg, which is not installed: install it, or write a .gif.')
+
+
+def write_film(picture: np.ndarray, frames: Callable[[Axes], Iterator[str]], path: Path, fps: int) -> Path:
+    """Write a film of what is drawn on a picture, whole or not at all.
+
+    Args:
+        picture: (H, W, 3), already shown on the axes that each frame begins with.
+        frames: Draws one frame after the other on the axes it is given, and yields the title of each.
+        path: A .gif, or a .mp4 where ffmpeg is installed; it comes back.
+        fps: Frames a second.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.animation import FFMpegWriter, PillowWriter
+
+    figure = new_figure(*figure_size(picture))
+    # Films know no transparency: a dark frame with light text stands on any page. Codecs want an even size.
+    figure.patch.set(facecolor=DARK, alpha=1.)
+    figure.set_size_inches(np.ceil(figure.get_size_inches() * 50) / 50)
+    ax = figure.subplots()
+    writer = PillowWriter(fps) if path.suffix == '.gif' else FFMpegWriter(fps)
+    try:
+        with whole_file(path) as partial, writer.saving(figure, partial, dpi=100):
+            show(ax, picture)
+            for title in frames(ax):
+                ax.set_title(title, color='#d0d0d0', fontsize='medium')
+                writer.grab_frame(facecolor=DARK)
+                ax.clear()
+                show(ax, picture)
+    finally:
+        plt.close(figure)
+    return path
 
 
 def show(ax: Axes, picture: np.ndarray) -> None:

@@ -13,21 +13,25 @@ from typing import TYPE_CHECKING, Any, Callable, Literal, NamedTuple
 import torch
 from torch import nn
 
+from ...models.density_placer import DensityPlacer
+from ...models.placing import place_images
 from ...models.pruning import TokenPruning
 from ...models.pruning_scorers import get_scorer
 from ...models.pruning_vit import sparsify
 from ..pictures.images import denormalize
 from ..search.optimize import optimize_positions
-from .figure import check_figure, save_figure
+from .density import animate_budgets, draw_density
+from .figure import check_figure, check_film, save_figure
 from .placements import draw_placement, draw_priors, draw_seen
 from .pruning import draw_pruning
 from .regions import draw_hierarchy, draw_region_means, draw_regions
-from .search import animate, check_film, draw_trajectory
+from .search import animate, draw_trajectory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PRIOR_TOKENS = 25  # of each prior, where nobody says
+FILM_BUDGETS = range(4, 101)
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,28 @@ def _draw_priors(subject: Subject, settings: Settings) -> Figure:
     return draw_priors(subject.picture, n_tokens, subject.windows['window'])[0, 0].figure
 
 
+@torch.no_grad()
+def _draw_density(subject: Subject, settings: Settings) -> Figure:
+    placer = subject.model.placer
+    if not isinstance(placer, DensityPlacer):
+        raise ValueError(
+            f"{placer.source} has no density: draw a model with placer='density', as "
+            'spot_vit_pico_patch8_64.digits_placed.')
+    images = subject.model.patch_embed.normalize(subject.images)
+    return draw_density(
+        subject.picture, placer.density(images)[0], subject.model.place(images), **subject.windows)[0].figure
+
+
+@torch.no_grad()
+def _write_budgets(subject: Subject, settings: Settings, path: Path) -> None:
+    size = (subject.images.shape[-2], subject.images.shape[-1])
+    budgets = [n for n in FILM_BUDGETS if n <= size[0] * size[1]]
+    model = subject.model
+    placements = [
+        place_images(model.placer.replaced(n_tokens=n), model.patch_embed, subject.images)[0] for n in budgets]
+    animate_budgets(subject.picture, placements, path=path, **subject.windows)
+
+
 def _draw_trajectory(subject: Subject, settings: Settings) -> Figure:
     result = _search(subject, settings)
     return draw_trajectory(subject.picture, result, convention=subject.windows['convention'])[0].figure
@@ -170,6 +196,10 @@ KINDS = {
         _saved(_draw_trajectory),
         'a search for the placement of least entropy: start, path and end of every token, and the loss'),
     'film': Kind(_write_film, 'the same as a .gif, or .mp4 with ffmpeg', check=check_film),
+    'density': Kind(
+        _saved(_draw_density), 'the density of a placer, the lattice that it carries, and the windows'),
+    'budgets': Kind(
+        _write_budgets, 'a .gif or .mp4 of the windows at 4 to 100 tokens', alone='windows', check=check_film),
     'pruning': Kind(
         _saved(_draw_pruning),
         'which tokens the model drops at which stage; one that drops none is pruned by --scorer'),

@@ -2,13 +2,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from ..extras import need
-from ..kept import whole_file
 from .figure import (
     BLUE,
     DARK,
@@ -17,20 +16,20 @@ from .figure import (
     SIDE,
     Picture,
     add_windows,
+    check_film,
     figure_size,
     new_figure,
     rectangles,
     show,
     to_picture,
     to_pixels,
+    write_film,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from ..search.result import OracleResult
-
-FILM_SUFFIXES = ('.gif', '.mp4')
 
 def draw_trajectory(
         image: Picture,
@@ -121,42 +120,18 @@ def animate(
     """
     path = Path(path)
     check_film(path)
-    import matplotlib.pyplot as plt
-    from matplotlib.animation import FFMpegWriter, PillowWriter
-
     picture = to_picture(image)
     trajectory, losses = _trajectory(result, index)
     centres, sides = rectangles(trajectory.flatten(0, 1), window, picture, convention)
     centres, sides = (a.reshape(*trajectory.shape[:2], 2) for a in (centres, sides))
-    figure = new_figure(*figure_size(picture))
-    # Films know no transparency: a dark frame with light text stands on any page. Codecs want an even size.
-    figure.patch.set(facecolor=DARK, alpha=1.)
-    figure.set_size_inches(np.ceil(figure.get_size_inches() * 50) / 50)
-    ax = figure.subplots()
-    writer = PillowWriter(fps) if path.suffix == '.gif' else FFMpegWriter(fps)
-    try:
-        with whole_file(path) as partial, writer.saving(figure, partial, dpi=100):
-            for step, loss in enumerate(losses):
-                ax.clear()
-                show(ax, picture)
-                add_windows(ax, centres[step], sides[step])
-                _include(ax, centres, picture)
-                ax.set_title(f'step {step}, loss {loss:.3f}', color='#d0d0d0', fontsize='medium')
-                writer.grab_frame(facecolor=DARK)
-    finally:
-        plt.close(figure)
-    return path
 
+    def frames(ax: Axes) -> Iterator[str]:
+        for step, loss in enumerate(losses):
+            add_windows(ax, centres[step], sides[step])
+            _include(ax, centres, picture)
+            yield f'step {step}, loss {loss:.3f}'
 
-def check_film(path: Path) -> None:
-    """Raise ValueError or RuntimeError where a film of this name cannot be written, before any work."""
-    need('matplotlib')
-    from matplotlib.animation import FFMpegWriter
-
-    if path.suffix not in FILM_SUFFIXES:
-        raise ValueError(f'path={str(path)!r} must end in {" or ".join(FILM_SUFFIXES)}.')
-    if path.suffix == '.mp4' and not FFMpegWriter.isAvailable():
-        raise RuntimeError(f'{path} needs the program ffmpeg, which is not installed: install it, or write a .gif.')
+    return write_film(picture, frames, path, fps)
 
 
 def _trajectory(result: OracleResult, index: int) -> tuple[torch.Tensor, torch.Tensor]:

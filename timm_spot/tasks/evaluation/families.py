@@ -116,7 +116,7 @@ register_family(Family(
 register_family(Family(
     name='subpixel', patterns=('spot_*', 'relevance_spot_*'),
     suits=lambda model: isinstance(model, SubpixelVisionTransformer), ways=_subpixel_ways,
-    kinds=('placement', 'seen', 'priors', 'trajectory', 'film', 'pruning'),
+    kinds=('placement', 'seen', 'priors', 'trajectory', 'film', 'density', 'budgets', 'pruning'),
     set_budget=lambda model, n_tokens: model.set_placement(n_tokens=n_tokens), has_samplers=True))
 register_family(Family(
     name='dHT', patterns=('dht_*',), suits=lambda model: isinstance(model, DhtVisionTransformer), ways=_dht_ways,
