@@ -170,6 +170,7 @@ def study(
     \b
     grids      off the grid against on it, oracle placements snapped to it included
     priors     object-centric against even priors
+    placers    lattices on saliency and the model's own placer against even ones, the oracle and the full budget
     saliency   do oracle placements drift towards salient pixels?
     transfer   placements found with one model, used by another (needs --weights, or two --model)
     """

@@ -8,6 +8,7 @@ import torch
 from conftest import SMALL
 from PIL import Image
 
+import timm_spot
 from timm_spot.tasks.evaluation import studies
 from timm_spot.tasks.evaluation.comparisons import format_study
 from timm_spot.tasks.evaluation.studies import STUDIES, register_study, run_study
@@ -63,6 +64,20 @@ def test_every_study_keeps_the_sizes_of_windows(canvases, tmp_path, name, count)
         model.patch_embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
     assert len(run_study(name, models, canvases, (4,), tmp_path, SEARCH)) == count * 2
     assert seen and all(positions.shape[-1] == 4 and positions[..., 2:].amax() > 1 for positions in seen)
+
+
+def test_placers_are_compared_with_what_looks_without_weights(canvases, tmp_path):
+    plain = timm.create_model('spot_vit_pico_patch8_64', pretrained=True).eval()
+    placed = timm_spot.add_placer(timm.create_model('spot_vit_pico_patch8_64', pretrained=True)).eval()
+    found = run_study('placers', dict(plain=plain, placed=placed), canvases, (9,), tmp_path, SEARCH)
+    lattices = ['residual lattice - isotropic', 'energy lattice - isotropic']
+    assert [c.what for c in found if c.model == 'plain'] == [
+        *lattices, 'oracle - energy lattice', 'full budget - energy lattice']
+    assert [c.what for c in found if c.model == 'placed'] == [
+        *lattices, 'placer - isotropic', 'placer - energy lattice', 'oracle - placer', 'full budget - placer']
+    by_what = {c.what: c.difference for c in found if c.model == 'placed'}
+    assert by_what['placer - isotropic'] == 0.  # a fresh one is the even lattice
+    assert by_what['energy lattice - isotropic'] == -by_what['placer - energy lattice'] > 0
 
 
 def test_what_another_model_found_covers_the_same_parts_of_the_picture(folder, tmp_path):
@@ -134,7 +149,7 @@ def test_a_study_of_ones_own_is_one_function(models, canvases, tmp_path, monkeyp
 
 @pytest.mark.parametrize('name, budgets, says', [
     ('transfer', (4,), 'needs a second, independently trained model'),
-    ('grid', (4,), "name='grid' is no study \\(did you mean 'grids'\\?\\): grids, priors, saliency, transfer"),
+    ('grid', (4,), "name='grid' is no study \\(did you mean 'grids'\\?\\): grids, priors, placers, saliency, transfer"),
     ('grids', (65,), 'n_tokens=65 exceeds the 8 x 8 patches'),
     ('grids', (0,), 'n_tokens=0'),
 ])

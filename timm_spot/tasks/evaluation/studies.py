@@ -1,4 +1,4 @@
-"""The four case studies of the SPoT page as experiments, for one subpixel ViT or several, on any pictures.
+"""The four case studies of the SPoT page as experiments, and one of placers, for subpixel ViTs on any pictures.
 
 Paper: `SPoT: Subpixel Placement of Tokens in Vision Transformers` - https://arxiv.org/abs/2507.01654
 
@@ -24,8 +24,9 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch import nn
 
+from ...models.placement import SampledPlacer
 from ...ops.placements import sample_positions
-from ...ops.saliency import spectral_residual
+from ...ops.saliency import energy, spectral_residual
 from ...ops.samplers import check_n_tokens, get_sampler
 from ...ops.sizes import add_sizes
 from ..kept import weights_digest
@@ -36,6 +37,7 @@ from .baselines import random_patches
 from .comparisons import Comparison, compare, saliency_percentiles
 from .families import family_of
 from .study_pictures import StudyPictures
+from .ways import at_budget
 
 BUDGETS = (9, 16, 25)  # of the digits
 SEARCH = dict(steps=20, lr=1e-2, record=False, chunk_size=128)  # what docs/oracle.md measures
@@ -73,14 +75,25 @@ class Trial:
         height, width = self.images.shape[-2:]
         return height // window, width // window
 
-    def placed(self, sampler: str, n_tokens: int) -> torch.Tensor:
-        """Placements (B, N, 2) by a sampler, drawn for each image; salient ones by spectral residual.
+    def placed(
+            self,
+            sampler: str,
+            n_tokens: int,
+            saliency: Callable[[torch.Tensor], torch.Tensor] = spectral_residual,
+    ) -> torch.Tensor:
+        """Placements (B, N, 2) by a sampler, drawn for each image; salient ones by the maps of `saliency`.
 
         With sizes (B, N, 4), by the coverage of the model.
         """
         images = self.images
-        maps = spectral_residual(images) if 'saliency' in get_sampler(sampler).keywords else None
+        maps = saliency(images) if 'saliency' in get_sampler(sampler).keywords else None
         return draw_placements(self.model, images, sampler, n_tokens, maps, torch.arange(len(images)), seed=0)
+
+    @torch.inference_mode()
+    def self_placed(self, n_tokens: int) -> torch.Tensor:
+        """Placements (B, N, 2) by the model's own placer; with sizes (B, N, 4), by the coverage of the model."""
+        model = at_budget(self.model, n_tokens, self.model.placer.coverage())
+        return torch.cat([model.place(images) for images in self.images.split(128)])
 
     def random_patches(self, n_tokens: int) -> torch.Tensor:
         """Placements (B, N, 2) on centres of patches, drawn for each image; with sizes (B, N, 4), by distances."""
@@ -234,6 +247,32 @@ def study_priors(trials: Sequence[Trial]) -> List[Comparison]:
                 for sampler in ('center', 'isotropic', 'gaussian', 'uniform', 'salient', 'salient_sobol', 'sobol')}
             for what in ('center - isotropic', 'gaussian - uniform', 'salient - uniform', 'salient_sobol - sobol'):
                 found.append(trial.compare(what, n, scores))
+    return found
+
+
+@register_study('placers')
+def study_placers(trials: Sequence[Trial]) -> List[Comparison]:
+    """What looks at the image against the even lattice, and what is left to the oracle and to the full budget."""
+    found = []
+    for trial in trials:
+        rows, columns = trial.grid
+        full = trial.correct(trial.placed('isotropic', rows * columns))
+        for n in trial.budgets:
+            searched = trial.searched(n)
+            scores = {
+                'isotropic': searched.correct_before,
+                'residual lattice': trial.correct(trial.placed('salient_lattice', n)),
+                'energy lattice': trial.correct(trial.placed('salient_lattice', n, energy)),
+            }
+            best = 'energy lattice'
+            if not isinstance(trial.model.placer, SampledPlacer):
+                scores[best := 'placer'] = trial.correct(trial.self_placed(n))
+            what = [f'{name} - isotropic' for name in scores if name != 'isotropic']
+            if best == 'placer':
+                what.append('placer - energy lattice')
+            scores.update({'oracle': searched.correct_after, 'full budget': full})
+            for pair in (*what, f'oracle - {best}', f'full budget - {best}'):
+                found.append(trial.compare(pair, n, scores))
     return found
 
 

@@ -4,6 +4,7 @@ from timm_spot.tasks.evaluation.metrics import Estimate
 from timm_spot.tasks.evaluation.report.tables import (
     BY_BUDGET,
     BY_KEEP_RATE,
+    gap_closed,
     groups,
     html_details,
     html_table,
@@ -31,6 +32,22 @@ def test_a_table_by_hand():
         '| grid | 50.0 ± 1.5 |  | **60.0** ± 1.5 |',
         '| sobol | **55.0** ± 1.5 | **40.0** ± 0.2 |  |',
         '| oracle grid | 99.0 ± 1.5 |  |  |']  # it sees the labels, and does not compete
+
+
+def test_the_share_of_the_oracle_gap_stands_beside_the_budget():
+    results = [
+        result('isotropic', 9, 60.), result('salient', 9, 70.), result('density', 9, 90., kind='placer'),
+        result('oracle isotropic', 9, 100., kind='oracle'), result('isotropic', 25, 90.), result('salient', 25, 80.)]
+    assert markdown_table(results, BY_BUDGET).splitlines() == [
+        '| placement | 9: top-1 | 9: of the oracle gap | 25: top-1 |',
+        '| --- | --- | --- | --- |',
+        '| isotropic | 60.0 ± 1.5 | 0 % | **90.0** ± 1.5 |',
+        '| salient | 70.0 ± 1.5 | 25 % | 80.0 ± 1.5 |',
+        '| density | **90.0** ± 1.5 | 75 % |  |',
+        '| oracle isotropic | 100.0 ± 1.5 | 100 % |  |']
+    other = result('oracle isotropic', 9, 100., kind='oracle', coverage=1.)  # another way to go
+    assert gap_closed(results[1], [results[0], other]) is None
+    assert gap_closed(results[1], [results[0], result('oracle isotropic', 9, 50., kind='oracle')]) is None
 
 
 def test_rows_are_told_by_their_kind_not_by_their_name():

@@ -5,15 +5,18 @@ import html
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from ..metrics import Estimate
-from ..rows import Result, Row
+from ..rows import ORACLE, SAMPLER, Result, Row
 
 SHOWN = ('top1', 'knn_top1')  # in the table of a model; all measures have one of their own
 TITLES = dict(
     top1='top-1, %', top5='top-5, %', nll='NLL, nats', ece='calibration error, %', knn_top1='kNN, %',
     gflops='GFLOPs', images_per_s='images/s')
-_SHORT = dict(top1='top-1', knn_top1='kNN')
+_SHORT = dict(top1='top-1', knn_top1='kNN', gap='of the oracle gap')
 # What may tell rows of one table apart beside placement and budget.
 _DETAILS = ('data', 'split', 'data_sha', 'weights', 'stages', 'seeds', 'saliency', 'knn', 'amp', 'settings', 'kind')
+
+_CONDITIONS = ('data_sha', 'split', 'weights', 'n_tokens', 'amp', 'coverage', 'scorer', 'keep_rate', 'share')
+GAP = 'gap'  # a column of the table by budget, where an oracle was run
 
 Value = Union[int, float, None]
 
@@ -88,6 +91,23 @@ def label(result: Result, results: Sequence[Result], by: Grouping) -> str:
     return by.place(result.row) + (f" ({', '.join(extra)})" if extra else '')
 
 
+def gap_closed(result: Result, results: Sequence[Result]) -> Optional[float]:
+    """How much of the way from the even lattice to the oracle that starts on it a result has gone, in percent.
+
+    None where one of the two is not among the results under the same conditions, or there is no way to go.
+    """
+    def find(kind: str, sampler: str) -> Optional[float]:
+        found = [
+            value_of(other, 'top1') for other in results if (other.row.kind, other.row.sampler) == (kind, sampler)
+            and all(getattr(other.row, name) == getattr(result.row, name) for name in _CONDITIONS)]
+        return found[0] if len(found) == 1 else None
+
+    even, best, own = find(SAMPLER, 'isotropic'), find(ORACLE, 'oracle isotropic'), value_of(result, 'top1')
+    if even is None or best is None or own is None or best <= even:
+        return None
+    return 100 * (own - even) / (best - even)
+
+
 def markdown_table(results: Sequence[Result], by: Grouping) -> str:
     """The page's table in Markdown."""
     header, *lines = _table(results, by, lambda value: f'**{value}**', str)
@@ -124,12 +144,21 @@ def _table(
     columns = [
         (value, name) for value in values for name in SHOWN
         if any(name in r.estimates for r in results if by.column(r) == value)]
+    if by is BY_BUDGET:
+        columns += [
+            (value, GAP) for value in values
+            if any(gap_closed(r, results) is not None for r in results if by.column(r) == value)]
+        columns.sort(key=lambda column: values.index(column[0]))  # stable: behind the measures of its budget
     best = {(value, name): _best(name, [r for r in results if by.column(r) == value]) for value, name in columns}
     lines = [[by.head, *(f'{by.title(value)}: {_SHORT[name]}' for value, name in columns)]]
     for title, line in lines_of(results, by).items():
         written = [title]
         for value, name in columns:
             result = line.get(value)
+            if name == GAP:
+                closed = None if result is None else gap_closed(result, results)
+                written.append('' if closed is None else f'{closed:.0f} %')
+                continue
             if result is None or name not in result.estimates:
                 written.append('')
                 continue
