@@ -2,8 +2,8 @@
 
     python -m benchmarks [SECTION ...]
 
-Sections: tokenizer, sizes, model, oracle, files, large, relevance; all by default. What a section measured is kept
-beside the page (results.json), so that one can be measured anew alone.
+Sections: tokenizer, sizes, model, oracle, files, large, relevance, fewer_tokens; all by default. What a section
+measured is kept beside the page (results.json), so that one can be measured anew alone.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 
 from .measure import Config, machine
 
-SECTIONS = ('tokenizer', 'sizes', 'model', 'oracle', 'files', 'large', 'relevance')
+SECTIONS = ('tokenizer', 'sizes', 'model', 'oracle', 'files', 'large', 'relevance', 'fewer_tokens')
 
 
 @click.command(help=__doc__)

@@ -90,6 +90,46 @@ def test_tokens_sources_and_logits_are_those_of_the_paper(kind, r):
     assert sources.dtype == torch.int64
 
 
+@pytest.mark.parametrize('name', [
+    'vit_small_patch14_dinov2', 'vit_small_patch14_reg4_dinov2', 'vit_base_patch16_siglip_224',
+    'deit3_small_patch16_224', 'vit_base_patch16_clip_224', 'vit_base_patch32_clip_quickgelu_224',
+    'vit_medium_patch16_reg4_gap_256',
+    'vit_base_patch16_224_miil', 'samvit_base_patch16'])
+@torch.no_grad()
+def test_vits_of_every_kind_merge_as_the_paper_says_or_are_refused_by_name(name):
+    patch = 14 if 'patch14' in name else 32 if 'patch32' in name else 16
+    small = dict(img_size=4 * patch, depth=2, embed_dim=32, num_heads=2)
+    vit = timm.create_model(name, num_classes=5, **small).eval()
+    if not isinstance(vit, VisionTransformer):
+        with pytest.raises(ValueError, match=f'^{name} cannot be sparsified: it is a VisionTransformerSAM'):
+            timm_spot.sparsify(vit, scorer='merge', r=3)
+        return
+    for p in vit.parameters():
+        p.add_(0.3 * torch.randn_like(p))
+    model, x = timm_spot.sparsify(vit, scorer='merge', r=3), images(2, 4 * patch)
+    features, logits = model.forward_features(x), model(x)
+    for i, image in enumerate(x):
+        held, expected = merged_by_hand(vit, image, (3, 3))
+        torch.testing.assert_close(features[i], expected, atol=1e-3, rtol=1e-3)
+        repeated = expected[[k for k, tokens in enumerate(held) for _ in tokens]][None]
+        torch.testing.assert_close(logits[i:i + 1], vit.forward_head(repeated), atol=1e-3, rtol=1e-3)
+    assert model.forward_intermediates(x, intermediates_only=True)[-1].shape == (2, 32, 4, 4)
+
+
+@torch.no_grad()
+def test_placed_tokens_with_sizes_are_merged(pico):
+    """How large a window is has no part in it: a token counts as one of the image's whatever it covers."""
+    model, x = timm_spot.sparsify(pico, scorer='merge', r=2), torch.rand(2, 3, 64, 64)
+    positions = timm_spot.sample_positions('sobol', 20, (64, 64), batch_size=2)
+    sized = torch.cat([positions, 1 + 2 * torch.rand(2, 20, 2)], dim=2)
+    for placement in (positions, sized):
+        sources = model.token_sources(x, positions=placement)
+        assert sources.max() + 1 == 20 - 5 * 2 and model(x, positions=placement).isfinite().all()
+        assert model.forward_intermediates(
+            x, positions=placement, output_fmt='NLC', unmerge=True)[1][-1].shape == (2, 20, pico.embed_dim)
+    assert not torch.equal(model(x, positions=positions), model(x, positions=sized))
+
+
 @pytest.mark.parametrize('kind', BACKBONES)
 @pytest.mark.parametrize('keywords', [dict(r=0), dict(r=[0] * 4), dict(keep_rate=1)])
 @torch.no_grad()
