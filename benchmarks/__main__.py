@@ -2,8 +2,9 @@
 
     python -m benchmarks [SECTION ...]
 
-Sections: tokenizer, sizes, model, oracle, files, large, relevance, fewer_tokens; all by default. What a section
-measured is kept beside the page (results.json), so that one can be measured anew alone.
+Sections: tokenizer, sizes, model, oracle, files, large, relevance, fewer_tokens; all by default. And vectorize, which
+needs other programs. What a section measured is kept beside the page (results.json), so that one can be measured anew
+alone.
 """
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ import torch
 
 from .measure import Config, machine
 
-SECTIONS = ('tokenizer', 'sizes', 'model', 'oracle', 'files', 'large', 'relevance', 'fewer_tokens')
+DEFAULT = ('tokenizer', 'sizes', 'model', 'oracle', 'files', 'large', 'relevance', 'fewer_tokens')
+SECTIONS = (*DEFAULT, 'vectorize')
 
 
 @click.command(help=__doc__)
@@ -32,13 +34,15 @@ SECTIONS = ('tokenizer', 'sizes', 'model', 'oracle', 'files', 'large', 'relevanc
 @click.option('--quick', is_flag=True, help='Models of two blocks: does it run? Its figures mean nothing.')
 @click.option('--device', default='cpu', show_default=True)
 @click.option('--tome', default='', help="Folder of a clone of facebookresearch/ToMe, for ToMe's rows.")
+@click.option('--pictures', multiple=True, type=click.Path(exists=True, file_okay=False),
+              help='Folder for vectorize, as often as there are some; by default the photographs in examples/.')
 def main(sections: Tuple[str, ...], out: Path, **options: Any) -> None:
     config = Config(**options)
     torch.set_num_threads(config.threads)
     out.mkdir(parents=True, exist_ok=True)
     store = out / 'results.json'
     results: Dict[str, Dict[str, Any]] = json.loads(store.read_text()) if store.exists() else {}
-    for name in sections or SECTIONS:
+    for name in sections or DEFAULT:
         begin = time.perf_counter()
         click.echo(f'{name} ...')
         torch.manual_seed(0)

@@ -24,6 +24,7 @@ class Config:
     quick: bool = False  # two blocks instead of twelve, to see that everything runs
     device: str = 'cpu'
     tome: str = ''  # folder of a clone of facebookresearch/ToMe
+    pictures: Tuple[str, ...] = ()  # folders, for vectorize
 
     @property
     def model_args(self) -> Dict[str, Any]:
