@@ -16,27 +16,30 @@ from timm_spot.tasks.pictures.images import denormalize, load_image, model_trans
 plt.switch_backend('Agg')
 HERE = Path(__file__).parent
 PICTURE = HERE / 'placements.png'
-BUDGETS = (9, 25, 64)
+ROWS = (('digits', 9), ('digits_placed', 9), ('digits', 25), ('digits_placed', 25), ('digits', 64))
 REPEATS = 7
 
 
 def read_digits() -> None:
     files = find_images([str(HERE / 'digits')])
     labels = torch.tensor([int(f.stem.split('_')[1]) for f in files])
-    model = timm.create_model('spot_vit_pico_patch8_64', pretrained=True).eval()
-    transform = model_transform(model)
+    models = {
+        tag: timm.create_model(f'spot_vit_pico_patch8_64.{tag}', pretrained=True).eval() for tag, _ in ROWS}
+    transform = model_transform(models['digits'])
     images = torch.stack([load_image(f, transform) for f in files])
-    print(f'{len(files)} canvases of handwritten digits never seen in training, spot_vit_pico_patch8_64.digits:')
-    figure, axes = plt.subplots(len(BUDGETS), 6, figsize=(9, 4.6), layout='constrained')
-    for n_tokens, row in zip(BUDGETS, axes):
+    print(f'{len(files)} canvases of handwritten digits never seen in training, spot_vit_pico_patch8_64:')
+    figure, axes = plt.subplots(len(ROWS), 6, figsize=(9, 7.6), layout='constrained')
+    for (tag, n_tokens), row in zip(ROWS, axes):
+        model = models[tag]
         model.set_placement(n_tokens=n_tokens)
         with torch.inference_mode():
             answers = model(images).argmax(dim=1)
-        print(f'  {n_tokens:3d} tokens: {(answers == labels).sum()} of {len(files)} right')
+        placed = 'on an even lattice' if tag == 'digits' else 'placed by the network that looks first'
+        print(f'  {n_tokens:3d} tokens {placed}: {(answers == labels).sum()} of {len(files)} right')
         for image, positions, answer, label, ax in zip(images, model.place(images), answers, labels, row):
             timm_spot.draw_placement(denormalize(model, image), positions, model.patch_embed.window, ax=ax)
             ax.set_title(f'{answer}', color='black' if answer == label else 'red', fontsize=9)
-        row[0].set_ylabel(f'{n_tokens} tokens')
+        row[0].set_ylabel(f'{n_tokens} {"even" if tag == "digits" else "placed"}')
     figure.savefig(PICTURE, dpi=120)
     print(f'  placements and answers drawn in {PICTURE}')
 

@@ -9,6 +9,7 @@ from timm.optim import create_optimizer_v2
 import timm_spot  # noqa: F401  registers the models
 from timm_spot.models import SpotPretrainedCfg
 from timm_spot.models.spot_zoo import find_weights
+from timm_spot.tasks.pictures.digits import draw_canvases, load_digits, to_input
 
 PICO = 'spot_vit_pico_patch8_64'
 # Of version 0.1 (9e25808), on the image below.
@@ -53,6 +54,19 @@ def test_authors_tags(tagged):
     assert create(tagged).patch_embed.convention == 'spot'
     with pytest.raises(RuntimeError, match=r'dsb-ifi.github.io/SPoT.*pretrained_cfg_overlay=dict\(file=PATH\)'):
         timm.create_model(tagged, pretrained=True)
+
+
+def test_shipped_placer_loads_offline_and_serves_every_budget():
+    model = timm.create_model(f'{PICO}.digits_placed', pretrained=True, n_tokens=9).eval()
+    assert model.placer.name == 'density' and model.pretrained_cfg['label_names'] == tuple('0123456789')
+    held_out, labels = load_digits('held_out')
+    images = to_input(draw_canvases(held_out, torch.Generator().manual_seed(11)), model)
+    with torch.inference_mode():
+        for n_tokens, least in ((9, 0.97), (16, 0.98), (25, 0.98)):  # of 359 canvases; docs/placement.md has more
+            model.set_placement(n_tokens=n_tokens)
+            assert model.placer(images).shape == (359, n_tokens, 2)
+            assert (model(images).argmax(dim=1) == labels).float().mean() >= least
+    assert 'placer' not in timm.create_model(PICO, pretrained=True)._model_args  # the default has none
 
 
 def test_shipped_digits_load_offline():

@@ -32,6 +32,18 @@ from .spot_config import (
 from .spot_vit import SubpixelVisionTransformer
 from .subpixel_embed import SIZE_WEIGHT
 
+_DIGITS = dict(
+    input_size=(3, 64, 64),
+    crop_pct=1.0,
+    crop_mode='squash',
+    mean=(0.1, 0.1, 0.1),  # a canvas is mostly empty
+    std=(0.25, 0.25, 0.25),
+    num_classes=10,
+    label_names=tuple('0123456789'),
+    license='apache-2.0',
+    description='Trained on scanned handwritten digits (UCI, scikit-learn) on 64 x 64 canvases.',
+)
+
 default_cfgs = generate_default_cfgs({
     'spot_vit_base_patch16_mae.mae': cfg_from_timm('vit_base_patch16_224.mae', num_classes=1000),
     'spot_vit_base_patch16_mae.spot_in1k': cfg_from_authors(),
@@ -45,17 +57,9 @@ default_cfgs = generate_default_cfgs({
     'spot_vit_base_patch32_in21k.augreg_in21k_ft_in1k': cfg_from_timm('vit_base_patch32_224.augreg_in21k_ft_in1k'),
     'spot_vit_large_patch16_mae.mae': cfg_from_timm('vit_large_patch16_224.mae', num_classes=1000),
     'spot_vit_pico_patch8_64.digits': cfg_from_package(
-        'spot_vit_pico_patch8_64.digits.safetensors',
-        input_size=(3, 64, 64),
-        crop_pct=1.0,
-        crop_mode='squash',
-        mean=(0.1, 0.1, 0.1),  # a canvas is mostly empty
-        std=(0.25, 0.25, 0.25),
-        num_classes=10,
-        label_names=tuple('0123456789'),
-        license='apache-2.0',
-        description='Trained on scanned handwritten digits (UCI, scikit-learn) on 64 x 64 canvases.',
-    ),
+        'spot_vit_pico_patch8_64.digits.safetensors', **_DIGITS),
+    'spot_vit_pico_patch8_64.digits_placed': cfg_from_package(
+        'spot_vit_pico_patch8_64.digits_placed.safetensors', placer='density', **_DIGITS),
 })
 
 
