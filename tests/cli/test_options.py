@@ -28,7 +28,6 @@ EXPECTED = {
                '--device', '--amp'},
     'evaluate': {'--model', '--saliency', '--batch-size', '--device', '--amp'},
     'study': {'--model', '--weights', '--device'},
-    'vectorize': {'--device'},
     'export': {'--weights', '--n-tokens', '--sampler', '--placer', '--seed'},
     'convert': {'--model'},
 }
