@@ -1,12 +1,17 @@
-"""Photographs: a ViT made subpixel, one set of weights for all budgets, beside the ViT trained for each small picture.
+"""Photographs: a ViT made subpixel, one set of weights for all budgets and sizes, beside the ViT on small pictures.
 
     python recipes/photographs.py DATA WEIGHTS --train-script pytorch-image-models/train.py --out build/photographs
+    python recipes/photographs.py SCENES build/photographs --train-script ... --epochs 5 --out build/scenes \\
+        --row 'low-res 25' --row 'looking at 25' --row 'placer at 25'
 
 DATA is a folder with `train` and `validation`, a folder for each class in both; WEIGHTS are those of timm's
-`vit_small_patch14_dinov2` (a file; 'hub' for those of the Hub). All rows start from them and have the same data,
-augmentation, optimiser and number of steps, by timm's own train.py. The subpixel rows see budgets of 16 to 100 tokens
-at random; the others are the ViT on pictures of 56, 70, 98 and 140 px, which have 16, 25, 49 and 100 patches. What
-is done is not done again; a run that was stopped goes on from its last epoch.
+`vit_small_patch14_dinov2` (a file; 'hub' for those of the Hub), or what this script has made of other pictures of the
+same classes: then a ViT goes on from itself and every subpixel row from the row `distilled`. All rows have the same
+data, augmentation, optimiser and number of steps, by timm's own train.py. The subpixel rows see budgets of 16 to 100
+tokens at random, or 25; the others are the ViT on pictures of 56, 70, 98 and 140 px, which have 16, 25, 49 and 100
+patches. `distilled` goes on from the row `all sizes` for as many steps again, taught by that row at its full 256
+tokens; `longer` is as many steps without a teacher. What is done is not done again; a run that was stopped goes on
+from its last epoch.
 
 The table has top-1 on `validation` with the standard error over pictures, and the difference to the ViT on the small
 picture of as many tokens, paired by picture, the mean over seeds.
@@ -15,6 +20,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -27,7 +33,7 @@ import numpy as np
 import timm
 import torch
 from timm.data import create_dataset, create_transform
-from timm.models import load_state_dict
+from timm.models import load_state_dict, save_for_hf
 from tqdm import tqdm
 
 import timm_spot  # noqa: F401  registers the models
@@ -40,6 +46,7 @@ OPTIONS = shlex.split(
     '--opt adamw --lr 3e-4 --weight-decay 0.05 --layer-decay 0.75 --warmup-epochs 1 --sched-on-updates --clip-grad 1 '
     '--smoothing 0.1 --drop-path 0.1 --scale 0.7 1.0 --ratio 0.9 1.11 --color-jitter 0 --checkpoint-hist 1 '
     '--model-ema --model-ema-decay 0.998 --model-ema-warmup')
+DISTILLATION = '--task-loss-weight 0.5 --kd-temperature 2'
 
 
 @dataclass(frozen=True)
@@ -47,83 +54,154 @@ class Row:
     """What is trained, and where it is judged.
 
     Attributes:
-        kwargs: `--model-kwargs` of timm's train.py beside the backbone and the budgets; None for the ViT itself.
+        kwargs: Keywords of `spot_retrofit` beside the backbone; None for the ViT itself on a small picture.
         placements: Keywords of `set_placement` by name.
-        n_tokens: Budget of a ViT on a small picture.
+        budgets: Numbers of tokens to judge it at; for the ViT the one of its picture.
+        start: Row that it goes on from.
+        taught: Whether the row `all sizes` at its full budget is its teacher.
     """
 
     kwargs: dict[str, object] | None = None
     placements: dict[str, dict[str, object]] = field(default_factory=dict)
-    n_tokens: int | None = None
+    budgets: tuple[int, ...] = BUDGETS
+    start: str | None = None
+    taught: bool = False
+
+    @property
+    def img_size(self) -> int:
+        return IMAGE if self.kwargs is not None else WINDOW * math.isqrt(self.budgets[0])
 
 
-def at(sampler: str, coverage: float = 0.) -> dict[str, dict[str, object]]:
-    return {f'{sampler}, {coverage:g}': dict(eval_sampler=sampler, eval_coverage=coverage)}
+def at(sampler: str, *coverages: float) -> dict[str, dict[str, object]]:
+    return {f'{sampler}, {c:g}': dict(eval_sampler=sampler, eval_coverage=c) for c in coverages}
+
+
+ENERGY = dict(sampler='salient_lattice', saliency='energy')
+ALL_SIZES = dict(n_tokens=(BUDGETS[0], BUDGETS[-1]), coverage=(0., 1.), saliency='energy')
+EVERYWHERE = at('isotropic', 1., 0.5, 0.) | at('center', 1.) | at('salient_lattice', 1., 0.5)
+
+
+def all_budgets(placements: dict[str, dict[str, object]], **kwargs: object) -> Row:
+    return Row(dict(n_tokens=(BUDGETS[0], BUDGETS[-1])) | kwargs, placements)
+
+
+def at_25(placements: dict[str, dict[str, object]], **kwargs: object) -> Row:
+    return Row(dict(n_tokens=25) | kwargs, placements, (25,))
 
 
 ROWS = {
-    **{f'low-res {n}': Row(n_tokens=n) for n in BUDGETS},
-    'fine': Row(dict(coverage=0.), at('isotropic') | at('center')),
-    'covering': Row(dict(coverage=1.), at('isotropic', 1.) | at('center', 1.)),
-    'covering, no W_size': Row(dict(coverage=1., size_embed=False), at('isotropic', 1.)),
-    'random coverage': Row(
-        dict(coverage=(0., 1.)),
-        at('isotropic', 1.) | at('center', 1.) | at('isotropic', 0.5) | at('isotropic') | at('coarse+center', 1.)),
-    'half to whole coverage': Row(
-        dict(coverage=(0.5, 1.)), at('isotropic', 1.) | at('center', 1.) | at('isotropic', 0.5)),
-    'warped': Row(dict(coverage=1., sampler='center'), at('isotropic', 1.) | at('center', 1.)),
-    'scattered': Row(dict(coverage=1., sampler='sobol'), at('isotropic', 1.) | at('center', 1.)),
-    'energy': Row(dict(coverage=0., sampler='salient_lattice', saliency='energy'), at('salient_lattice')),
-    'energy, covering': Row(dict(coverage=1., sampler='salient_lattice', saliency='energy'), at('salient_lattice', 1.)),
-    'placer': Row(dict(coverage=0., placer='density'), {'density, 0': {}}),
-    'placer, covering': Row(dict(coverage=1., placer='density'), {'density, 1': {}}),
-    'mixed': Row(dict(coverage=0., sampler='coarse+sobol'), at('coarse+sobol') | at('coarse+center')),
+    **{f'low-res {n}': Row(budgets=(n,)) for n in BUDGETS},
+    'all sizes': Row(ALL_SIZES, EVERYWHERE),
+    'distilled': Row(ALL_SIZES, EVERYWHERE, start='all sizes', taught=True),
+    **{f'low-res {n}, longer': Row(budgets=(n,), start=f'low-res {n}') for n in BUDGETS},
+    'covering': all_budgets(at('isotropic', 1.) | at('center', 1.), coverage=1.),
+    'looking': all_budgets(at('salient_lattice', 1., 0.5), coverage=(0.5, 1.), **ENERGY),
+    'placer': all_budgets({'density, 1': dict(eval_coverage=1.), 'density, 0.5': dict(eval_coverage=0.5)},
+                          coverage=(0.5, 1.), placer='density'),
+    # what makes sparse tokens better, one by one
+    'fine at 25': at_25(at('isotropic', 0.), coverage=0.),
+    'covering at 25': at_25(at('isotropic', 1.), coverage=1.),
+    'covering at 25, no W_size': at_25(at('isotropic', 1.), coverage=1., size_embed=False),
+    'random coverage at 25': at_25(at('isotropic', 1., 0.5, 0.), coverage=(0., 1.)),
+    'half to whole coverage at 25': at_25(at('isotropic', 1., 0.5), coverage=(0.5, 1.)),
+    'warped at 25': at_25(at('center', 1.) | at('isotropic', 1.), coverage=1., sampler='center'),
+    'scattered at 25': at_25(at('sobol', 1.) | at('isotropic', 1.), coverage=1., sampler='sobol'),
+    'mixed at 25': at_25(at('coarse+center', 0.), coverage=0., sampler='coarse+center'),
+    'random patches at 25': at_25(at('grid_uniform', 0.), coverage=0., sampler='grid_uniform'),
+    'looking at 25': at_25(at('salient_lattice', 1., 0.5), coverage=(0.5, 1.), **ENERGY),
+    'placer at 25': at_25({'density, 1': dict(eval_coverage=1.), 'density, 0.5': dict(eval_coverage=0.5)},
+                          coverage=(0.5, 1.), placer='density'),
 }
 
 
-def train(row: Row, name: str, seed: int, data: Path, weights: str, script: Path, out: Path, epochs: int) -> Path:
-    """Trains by timm's script, or goes on with it; the last checkpoint."""
-    run = f"{name.replace(' ', '_').replace(',', '')}-{seed}"
-    last = out / 'train' / run / 'last.pth.tar'
-    if (out / 'train' / run / 'done').exists():
-        return last
-    command = [sys.executable, '-m', 'timm_spot', str(script), '--data-dir', str(data), *OPTIONS, '--seed', str(seed),
-               '--epochs', str(epochs), '--num-classes', str(sum(f.is_dir() for f in (data / 'train').iterdir())),
-               '--output', str(out / 'train'), '--experiment', run]
-    command += ['--pretrained'] if weights == 'hub' else ['--pretrained', '--pretrained-path', weights]
+@dataclass(frozen=True)
+class Runs:
+    """Where things are, and how long it takes."""
+
+    data: Path
+    weights: str
+    script: Path
+    out: Path
+    epochs: int
+
+    @property
+    def num_classes(self) -> int:
+        return sum(f.is_dir() for f in (self.data / 'train').iterdir())
+
+    def checkpoint(self, name: str, seed: int) -> Path:
+        """The last of a row's training, here."""
+        return self.out / 'train' / file_name(name, seed) / 'last.pth.tar'
+
+
+def file_name(name: str, seed: int) -> str:
+    return f"{name.replace(' ', '_').replace(',', '')}-{seed}"
+
+
+def create(row: Row, num_classes: int, checkpoint: Path, **kwargs: object) -> torch.nn.Module:
+    """A row's model with the averaged weights of a training, which may have had no placer."""
     if row.kwargs is None:
-        size = WINDOW * math.isqrt(row.n_tokens)
-        command += ['--model', BACKBONE, '--input-size', '3', str(size), str(size)]
-        command += ['--model-kwargs', f'img_size={size}']
+        model = timm.create_model(BACKBONE, img_size=row.img_size, num_classes=num_classes)
     else:
-        kwargs = dict(backbone=BACKBONE, n_tokens=(BUDGETS[0], BUDGETS[-1]), eval_n_tokens=25)
-        command += ['--model', 'spot_retrofit', '--input-size', '3', str(IMAGE), str(IMAGE), '--model-kwargs',
-                    *(f'{k}={v}' for k, v in (kwargs | row.kwargs).items())]
+        model = timm.create_model(
+            'spot_retrofit', backbone=BACKBONE, num_classes=num_classes, **row.kwargs | kwargs)
+    missing, unexpected = model.load_state_dict(
+        load_state_dict(str(checkpoint), use_ema=True, weights_only=True), strict=False)
+    if unexpected or any(not key.startswith('placer.') for key in missing):
+        raise click.ClickException(f'{checkpoint} does not fit: {missing} are missing, {unexpected} unexpected.')
+    return model.eval()
+
+
+def save(model: torch.nn.Module, row: Row, folder: Path) -> str:
+    """Writes a model as timm loads it by name; the name."""
+    args = dict(img_size=row.img_size) if row.kwargs is None else None  # a subpixel model's config has its keywords
+    save_for_hf(model, str(folder), model_args=args, safe_serialization=True)
+    return f'local-dir:{folder}'
+
+
+def source(name: str, seed: int, runs: Runs) -> list[str]:
+    """Options of train.py that say what is trained and where it starts."""
+    row = ROWS[name]
+    if row.start or Path(runs.weights).is_dir():
+        earlier = runs if row.start else Runs(runs.data, '', runs.script, Path(runs.weights), runs.epochs)
+        checkpoint = earlier.checkpoint(row.start or (name if row.kwargs is None else 'distilled'), seed)
+        folder = runs.out / 'start' / file_name(name, seed)
+        options = ['--model', save(create(row, runs.num_classes, checkpoint), row, folder), '--pretrained']
+    else:
+        options = ['--model', 'spot_retrofit' if row.kwargs is not None else BACKBONE, '--pretrained']
+        options += [] if runs.weights == 'hub' else ['--pretrained-path', runs.weights]
+        kwargs = dict(img_size=row.img_size) if row.kwargs is None else dict(backbone=BACKBONE) | row.kwargs
+        options += ['--model-kwargs', *(f'{k}={v}' for k, v in kwargs.items())]
+    if row.taught:
+        full = dict(eval_n_tokens=(IMAGE // WINDOW) ** 2, eval_coverage=0.)
+        teacher = create(ROWS['all sizes'], runs.num_classes, runs.checkpoint('all sizes', seed), **full)
+        folder = runs.out / 'teacher' / str(seed)
+        options += ['--kd-model-name', save(teacher, ROWS['all sizes'], folder), *shlex.split(DISTILLATION)]
+    return options
+
+
+def train(name: str, seed: int, runs: Runs) -> Path:
+    """Trains by timm's script, or goes on with it; the last checkpoint."""
+    last = runs.checkpoint(name, seed)
+    if (last.parent / 'done').exists():
+        return last
+    size = str(ROWS[name].img_size)
+    command = [sys.executable, '-m', 'timm_spot', str(runs.script), '--data-dir', str(runs.data), *OPTIONS,
+               '--seed', str(seed), '--epochs', str(runs.epochs), '--num-classes', str(runs.num_classes),
+               '--input-size', '3', size, size, '--output', str(runs.out / 'train'), '--experiment', last.parent.name]
+    command += source(name, seed, runs)
     if last.exists():
         command += ['--resume', str(last)]
     click.echo(shlex.join(command))
-    (out / 'train').mkdir(parents=True, exist_ok=True)
-    with open(out / 'train' / f'{run}.log', 'a') as log:
+    (runs.out / 'train').mkdir(parents=True, exist_ok=True)
+    with open(runs.out / 'train' / f'{last.parent.name}.log', 'a') as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-    (out / 'train' / run / 'done').touch()
+    (last.parent / 'done').touch()
     return last
-
-
-def load(row: Row, checkpoint: Path, num_classes: int) -> torch.nn.Module:
-    """The averaged weights of a run."""
-    if row.kwargs is None:
-        model = timm.create_model(BACKBONE, img_size=WINDOW * math.isqrt(row.n_tokens), num_classes=num_classes)
-    else:
-        model = timm.create_model(
-            'spot_retrofit', backbone=BACKBONE, num_classes=num_classes, n_tokens=25, **row.kwargs)
-    model.load_state_dict(load_state_dict(str(checkpoint), use_ema=True, weights_only=True))
-    return model.eval()
 
 
 def pictures(row: Row, data: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches as timm's validate.py makes them."""
-    size = IMAGE if row.n_tokens is None else WINDOW * math.isqrt(row.n_tokens)
-    transform = create_transform(size, interpolation='bicubic', crop_pct=1.)
+    transform = create_transform(row.img_size, interpolation='bicubic', crop_pct=1.)
     dataset = create_dataset('', root=str(data), split='validation', transform=transform)
     yield from torch.utils.data.DataLoader(dataset, batch_size=50, num_workers=1)
 
@@ -135,16 +213,16 @@ def right(model: torch.nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor
         return torch.cat([model(x).argmax(1) == y for x, y in batches]).numpy()
 
 
-def judge(row: Row, name: str, seed: int, checkpoint: Path, data: Path, out: Path) -> None:
+def judge(name: str, seed: int, checkpoint: Path, runs: Runs) -> None:
     """Keeps which pictures are right, for each placement and budget."""
-    where = {(p, n): out / 'right' / f'{name}; {p}; {n}; {seed}.npy' for p in row.placements or [''] for n in (
-        [row.n_tokens] if row.n_tokens else BUDGETS)}
-    (out / 'right').mkdir(parents=True, exist_ok=True)
+    row, folder = ROWS[name], runs.out / 'right'
+    folder.mkdir(parents=True, exist_ok=True)
+    where = {(p, n): folder / f'{name}; {p}; {n}; {seed}.npy' for p in row.placements or [''] for n in row.budgets}
     missing = {k: path for k, path in where.items() if not path.exists()}
     if not missing:
         return
-    model = load(row, checkpoint, num_classes=sum(f.is_dir() for f in (data / 'train').iterdir()))
-    batches = list(pictures(row, data))
+    model = create(row, runs.num_classes, checkpoint)
+    batches = list(pictures(row, runs.data))
     for (placement, n_tokens), path in tqdm(missing.items(), desc=name, disable=None):
         if placement:
             model.set_placement(eval_n_tokens=n_tokens, **row.placements[placement])
@@ -165,7 +243,7 @@ def table(out: Path) -> list[dict[str, object]]:
             top1=round(each.mean(), 2), top1_se=round(each.std(ddof=1) / len(each) ** 0.5, 2))
         rival = found.get((f'low-res {n_tokens}', '', n_tokens), {})
         shared = sorted(by_seed.keys() & rival.keys())
-        if shared and not name.startswith('low-res'):
+        if shared and name != f'low-res {n_tokens}':
             gap = 100. * np.mean([by_seed[s].astype(float) - rival[s] for s in shared], axis=0)
             line |= dict(gap=round(gap.mean(), 2), gap_se=round(gap.std(ddof=1) / len(gap) ** 0.5, 2))
         rows.append(line)
@@ -178,8 +256,7 @@ def table(out: Path) -> list[dict[str, object]]:
 
 def markdown(rows: list[dict[str, object]]) -> str:
     """The table by budget; below each figure the paired difference."""
-    cells = {(r['training'].split(' ')[0] if r['training'].startswith('low-res') else r['training'], r['placement'],
-              r['n_tokens']): r for r in rows}
+    cells = {(re.sub(r'(?<=low-res) \d+', '', r['training']), r['placement'], r['n_tokens']): r for r in rows}
     lines = ['| training | placement, coverage | ' + ' | '.join(f'{n} tokens' for n in BUDGETS) + ' |',
              '|---' * (len(BUDGETS) + 2) + '|']
     for training, placement in dict.fromkeys(key[:2] for key in cells):
@@ -202,10 +279,10 @@ def markdown(rows: list[dict[str, object]]) -> str:
 @click.option('--epochs', default=8, show_default=True)
 def main(data: Path, weights: str, train_script: Path, out: Path, names: tuple[str, ...], seeds: tuple[int, ...],
          epochs: int) -> None:
+    runs = Runs(data, weights, train_script, out, epochs)
     for seed in seeds:
         for name in names or ROWS:
-            checkpoint = train(ROWS[name], name, seed, data, weights, train_script, out, epochs)
-            judge(ROWS[name], name, seed, checkpoint, data, out)
+            judge(name, seed, train(name, seed, runs), runs)
     click.echo(markdown(table(out)))
 
 

@@ -86,16 +86,87 @@ def test_table_of_photographs_pairs_by_picture(tmp_path):
     (tmp_path / 'right').mkdir()
     for name, placement, answers in (
             ('low-res 25', '', [1, 0, 0, 0]),
+            ('low-res 25, longer', '', [1, 1, 1, 0]),
             ('covering', 'isotropic, 1', [1, 1, 0, 0]),
             ('fine', 'center, 0', [0] * 4)):
         np.save(tmp_path / 'right' / f'{name}; {placement}; 25; 0.npy', np.array(answers, dtype=bool))
     rows = {row['training']: row for row in photographs.table(tmp_path)}
     assert (rows['covering']['top1'], rows['covering']['gap']) == (50., 25.)
     assert rows['covering']['gap_se'] == 25.  # of 0, 100, 0, 0: deviation 50, over the root of 4
+    assert rows['low-res 25, longer']['gap'] == 50.
     assert rows['fine']['gap'] == -25. and 'gap' not in rows['low-res 25']
     text = photographs.markdown(list(rows.values()))
     assert '| covering | isotropic, 1 |  | 50.0 ± 28.9 (+25.0 ± 25.0) |' in text
     assert '| low-res |  |  | 25.0 ± 25.0 |' in text
+    assert '| low-res, longer |  |  | 75.0 ± 25.0 (+50.0 ± 28.9) |' in text
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """The recipe of photographs with timm's smallest ViT of 100 patches; two classes; what makes a checkpoint."""
+    module = recipe('photographs')
+    for name, value in dict(BACKBONE='test_vit', WINDOW=16, IMAGE=160).items():
+        monkeypatch.setattr(module, name, value)
+    for name in ('a', 'b'):
+        (tmp_path / 'data' / 'train' / name).mkdir(parents=True)
+    runs = module.Runs(tmp_path / 'data', 'hub', Path('train.py'), tmp_path / 'out', 1)
+
+    def train(name: str, out: Path) -> timm.models.VisionTransformer:
+        row = module.ROWS[name]
+        if row.kwargs is None:
+            model = timm.create_model('test_vit', img_size=row.img_size, num_classes=2)
+        else:
+            model = timm.create_model('spot_retrofit', backbone='test_vit', num_classes=2, **row.kwargs)
+        file = out / 'train' / module.file_name(name, 0) / 'last.pth.tar'
+        file.parent.mkdir(parents=True)
+        torch.save({'state_dict': {}, 'state_dict_ema': model.state_dict()}, file)
+        return model.eval()
+
+    return module, runs, train
+
+
+def test_a_row_of_photographs_starts_from_the_weights_it_is_given(small):
+    module, runs, _ = small
+    options = module.source('low-res 25', 0, runs)
+    assert options == ['--model', 'test_vit', '--pretrained', '--model-kwargs', 'img_size=80']
+    options = module.source('all sizes', 0, module.Runs(runs.data, 'vit.pth', runs.script, runs.out, 1))
+    assert options[:4] == ['--model', 'spot_retrofit', '--pretrained', '--pretrained-path']
+    assert options[4:6] == ['vit.pth', '--model-kwargs'] and 'n_tokens=(16, 100)' in options
+
+
+def test_a_distilled_row_of_photographs_goes_on_from_its_teacher_at_the_full_budget(small):
+    module, runs, train = small
+    first = train('all sizes', runs.out)
+    options = module.source('distilled', 0, runs)
+    assert '--model-kwargs' not in options
+    student, teacher = (timm.create_model(options[options.index(key) + 1], pretrained=True, num_classes=2).eval()
+                        for key in ('--model', '--kd-model-name'))
+    images = torch.randn(1, 3, 160, 160)
+    assert teacher.place(images).shape == (1, 100, 2)
+    first.set_placement(eval_n_tokens=100, eval_coverage=0.)
+    torch.testing.assert_close(teacher(images), first(images))
+    assert student.place(images).shape == (1, 100, 4)  # windows of every size, by default of the largest
+    assert torch.equal(student.head.weight, first.head.weight)
+
+
+def test_scenes_go_on_from_photographs_whether_or_not_a_row_has_a_placer(small, tmp_path):
+    module, runs, train = small
+    photographs = tmp_path / 'photographs'
+    first, vit = train('distilled', photographs), train('low-res 25', photographs)
+    runs = module.Runs(runs.data, str(photographs), runs.script, runs.out, 1)
+    for name, start in (('placer at 25', first), ('looking at 25', first), ('low-res 25', vit)):
+        options = module.source(name, 0, runs)
+        model = timm.create_model(options[1], pretrained=True, num_classes=2)
+        assert torch.equal(model.head.weight, start.head.weight)
+        assert (getattr(model, 'placer', None) is not None) == (name != 'low-res 25')
+    assert model.patch_embed.img_size == (80, 80)
+
+
+def test_weights_of_another_shape_are_refused(small):
+    module, runs, train = small
+    train('low-res 25', runs.out)
+    with pytest.raises(module.click.ClickException, match='does not fit'):
+        module.create(module.ROWS['all sizes'], 2, runs.checkpoint('low-res 25', 0))
 
 
 def test_train_digits_places_with_sizes():
