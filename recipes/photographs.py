@@ -9,7 +9,7 @@ DATA is a folder with `train` and `validation`, a folder for each class in both;
 same classes: then a ViT goes on from itself and every subpixel row from the row `distilled`. All rows have the same
 data, augmentation, optimiser and number of steps, by timm's own train.py. The subpixel rows see budgets of 16 to 100
 tokens at random, or 25; the others are the ViT on pictures of 56, 70, 98 and 140 px, which have 16, 25, 49 and 100
-patches. `distilled` goes on from the row `all sizes` for as many steps again, taught by that row at its full 256
+patches. `distilled` goes on from the row `all sizes` for as many steps again, taught by that row at 100
 tokens; `longer` is as many steps without a teacher. What is done is not done again; a run that was stopped goes on
 from its last epoch.
 
@@ -58,7 +58,7 @@ class Row:
         placements: Keywords of `set_placement` by name.
         budgets: Numbers of tokens to judge it at; for the ViT the one of its picture.
         start: Row that it goes on from.
-        taught: Whether the row `all sizes` at its full budget is its teacher.
+        taught: Whether the row `all sizes` at its largest budget is its teacher.
     """
 
     kwargs: dict[str, object] | None = None
@@ -172,8 +172,8 @@ def source(name: str, seed: int, runs: Runs) -> list[str]:
         kwargs = dict(img_size=row.img_size) if row.kwargs is None else dict(backbone=BACKBONE) | row.kwargs
         options += ['--model-kwargs', *(f'{k}={v}' for k, v in kwargs.items())]
     if row.taught:
-        full = dict(eval_n_tokens=(IMAGE // WINDOW) ** 2, eval_coverage=0.)
-        teacher = create(ROWS['all sizes'], runs.num_classes, runs.checkpoint('all sizes', seed), **full)
+        largest = dict(eval_n_tokens=BUDGETS[-1], eval_coverage=1.)
+        teacher = create(ROWS['all sizes'], runs.num_classes, runs.checkpoint('all sizes', seed), **largest)
         folder = runs.out / 'teacher' / str(seed)
         options += ['--kd-model-name', save(teacher, ROWS['all sizes'], folder), *shlex.split(DISTILLATION)]
     return options
