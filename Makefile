@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint timm-test floor-test bench clean
+.PHONY: help demo test lint timm-test floor-test bench photographs clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -51,6 +51,17 @@ floor-test: .venv-floor/.installed  ## Run the fast part of the tests with the o
 bench: .venv/.installed  ## Measure speed and memory, write benchmarks/RESULTS.md (TOME=FOLDER: a clone of ToMe too)
 	@echo "== python -m benchmarks (about 20 minutes on two threads)"
 	$(BIN)/python -m benchmarks $(if $(TOME),--tome $(TOME))
+
+# One set of weights for all budgets beside the ViTs on small pictures; then its priors, and where tokens are dropped.
+PHOTOGRAPHS := build/photographs
+VITS := $(foreach n,16 25 49 100,--model $(PHOTOGRAPHS)/models/low-res_$(n)-0)
+PLACED := .venv/bin/timm-spot evaluate "$(DATA)" --model $(PHOTOGRAPHS)/models/distilled-0 --amp bfloat16 --batch-size 50
+
+photographs: .venv/.installed  ## Train on photographs, write tables and a report (DATA=FOLDER WEIGHTS=FILE|hub TIMM=a clone of timm)
+	$(BIN)/python recipes/photographs.py "$(DATA)" "$(WEIGHTS)" --train-script "$(TIMM)/train.py" --out $(PHOTOGRAPHS)
+	$(PLACED) --samplers grid,uniform,gaussian,sobol,isotropic,center,salient,salient_lattice --saliency energy \
+		--budgets 25,49,100,196 --coverages 0,1 --knn "$(DATA)" --out $(PHOTOGRAPHS)/evaluation
+	$(PLACED) $(VITS) --samplers isotropic --budgets 16,25,49,100 --coverages 1 --out $(PHOTOGRAPHS)/rivals
 
 clean:  ## Remove .venv and build products
 	rm -rf .venv .venv-floor build dist *.egg-info

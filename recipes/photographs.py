@@ -13,7 +13,8 @@ patches. `distilled` goes on from the row `all sizes` for as many steps again, t
 tokens; `longer` is as many steps without a teacher. What is done is not done again; a run that was stopped goes on
 from its last epoch.
 
-The table has top-1 on `validation` with the standard error over pictures, and the difference to the ViT on the small
+OUT/models has a folder for each row and seed, which `timm-spot evaluate --model` and `timm.create_model('local-dir:...')`
+take. The table has top-1 on `validation` with the standard error over pictures, and the difference to the ViT on the small
 picture of as many tokens, paired by picture, the mean over seeds.
 """
 from __future__ import annotations
@@ -112,6 +113,7 @@ ROWS = {
     'placer at 25': at_25({'density, 1': dict(eval_coverage=1.), 'density, 0.5': dict(eval_coverage=0.5)},
                           coverage=(0.5, 1.), placer='density'),
 }
+MAIN = (*(f'low-res {n}' for n in BUDGETS), 'all sizes', 'distilled')
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,12 @@ class Runs:
     epochs: int
 
     @property
+    def classes(self) -> list[str]:
+        return sorted(f.name for f in (self.data / 'train').iterdir() if f.is_dir())
+
+    @property
     def num_classes(self) -> int:
-        return sum(f.is_dir() for f in (self.data / 'train').iterdir())
+        return len(self.classes)
 
     def checkpoint(self, name: str, seed: int) -> Path:
         """The last of a row's training, here."""
@@ -151,10 +157,10 @@ def create(row: Row, num_classes: int, checkpoint: Path, **kwargs: object) -> to
     return model.eval()
 
 
-def save(model: torch.nn.Module, row: Row, folder: Path) -> str:
+def save(model: torch.nn.Module, row: Row, folder: Path, classes: list[str]) -> str:
     """Writes a model as timm loads it by name; the name."""
-    args = dict(img_size=row.img_size) if row.kwargs is None else None  # a subpixel model's config has its keywords
-    save_for_hf(model, str(folder), model_args=args, safe_serialization=True)
+    read = dict(input_size=(3, row.img_size, row.img_size), crop_pct=1.)
+    save_for_hf(model, str(folder), dict(label_names=classes), data_config=read, safe_serialization=True)
     return f'local-dir:{folder}'
 
 
@@ -165,7 +171,7 @@ def source(name: str, seed: int, runs: Runs) -> list[str]:
         earlier = runs if row.start else Runs(runs.data, '', runs.script, Path(runs.weights), runs.epochs)
         checkpoint = earlier.checkpoint(row.start or (name if row.kwargs is None else 'distilled'), seed)
         folder = runs.out / 'start' / file_name(name, seed)
-        options = ['--model', save(create(row, runs.num_classes, checkpoint), row, folder), '--pretrained']
+        options = ['--model', save(create(row, runs.num_classes, checkpoint), row, folder, runs.classes), '--pretrained']
     else:
         options = ['--model', 'spot_retrofit' if row.kwargs is not None else BACKBONE, '--pretrained']
         options += [] if runs.weights == 'hub' else ['--pretrained-path', runs.weights]
@@ -175,7 +181,7 @@ def source(name: str, seed: int, runs: Runs) -> list[str]:
         largest = dict(eval_n_tokens=BUDGETS[-1], eval_coverage=1.)
         teacher = create(ROWS['all sizes'], runs.num_classes, runs.checkpoint('all sizes', seed), **largest)
         folder = runs.out / 'teacher' / str(seed)
-        options += ['--kd-model-name', save(teacher, ROWS['all sizes'], folder), *shlex.split(DISTILLATION)]
+        options += ['--kd-model-name', save(teacher, ROWS['all sizes'], folder, runs.classes), *shlex.split(DISTILLATION)]
     return options
 
 
@@ -214,7 +220,7 @@ def right(model: torch.nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor
 
 
 def judge(name: str, seed: int, checkpoint: Path, runs: Runs) -> None:
-    """Keeps which pictures are right, for each placement and budget."""
+    """Keeps the model, and which pictures are right for each placement and budget."""
     row, folder = ROWS[name], runs.out / 'right'
     folder.mkdir(parents=True, exist_ok=True)
     where = {(p, n): folder / f'{name}; {p}; {n}; {seed}.npy' for p in row.placements or [''] for n in row.budgets}
@@ -222,6 +228,7 @@ def judge(name: str, seed: int, checkpoint: Path, runs: Runs) -> None:
     if not missing:
         return
     model = create(row, runs.num_classes, checkpoint)
+    save(model, row, runs.out / 'models' / file_name(name, seed), runs.classes)
     batches = list(pictures(row, runs.data))
     for (placement, n_tokens), path in tqdm(missing.items(), desc=name, disable=None):
         if placement:
@@ -274,14 +281,14 @@ def markdown(rows: list[dict[str, object]]) -> str:
 @click.argument('weights')
 @click.option('--train-script', type=click.Path(exists=True, path_type=Path), required=True, help="timm's train.py.")
 @click.option('--out', type=click.Path(path_type=Path), default='build/photographs', show_default=True)
-@click.option('--row', 'names', multiple=True, type=click.Choice(list(ROWS)), help='Only these rows.')
+@click.option('--row', 'names', multiple=True, type=click.Choice(list(ROWS)), default=MAIN, show_default=True)
 @click.option('--seed', 'seeds', multiple=True, default=(0, 1), show_default=True)
 @click.option('--epochs', default=8, show_default=True)
 def main(data: Path, weights: str, train_script: Path, out: Path, names: tuple[str, ...], seeds: tuple[int, ...],
          epochs: int) -> None:
     runs = Runs(data, weights, train_script, out, epochs)
     for seed in seeds:
-        for name in names or ROWS:
+        for name in names:
             judge(name, seed, train(name, seed, runs), runs)
     click.echo(markdown(table(out)))
 

@@ -163,6 +163,28 @@ def test_scenes_go_on_from_photographs_whether_or_not_a_row_has_a_placer(small, 
     assert model.patch_embed.img_size == (80, 80)
 
 
+def test_the_table_of_photographs_comes_from_what_is_trained(small, tmp_path):
+    """No row is trained again; what is judged can be had from OUT/models with the names of the classes."""
+    module, runs, train = small
+    for i, name in enumerate('aabb'):
+        file = runs.data / 'validation' / name / f'{i}.png'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (200, 160), (60 * i, 90, 20)).save(file)
+    models = {name: train(name, runs.out) for name in ('low-res 25', 'fine at 25')}
+    for name in models:
+        (runs.checkpoint(name, 0).parent / 'done').touch()
+    result = CliRunner().invoke(module.main, [
+        str(runs.data), 'hub', '--train-script', __file__, '--out', str(runs.out), '--seed', '0', '--row', 'low-res 25',
+        '--row', 'fine at 25'], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert '| fine at 25 | isotropic, 0 |' in result.output
+    for name, model in models.items():
+        kept = timm.create_model(f"local-dir:{runs.out}/models/{module.file_name(name, 0)}", pretrained=True)
+        assert kept.pretrained_cfg['label_names'] == ['a', 'b']
+        assert kept.pretrained_cfg['input_size'] == ((3, 80, 80) if name == 'low-res 25' else (3, 160, 160))
+        assert all(torch.equal(v, model.state_dict()[k]) for k, v in kept.state_dict().items())
+
+
 def test_weights_of_another_shape_are_refused(small):
     module, runs, train = small
     train('low-res 25', runs.out)
