@@ -13,8 +13,8 @@ patches. `distilled` goes on from the row `all sizes` for as many steps again, t
 tokens; `longer` is as many steps without a teacher. What is done is not done again; a run that was stopped goes on
 from its last epoch.
 
-OUT/models has a folder for each row and seed, which `timm-spot evaluate --model` and `timm.create_model('local-dir:...')`
-take. The table has top-1 on `validation` with the standard error over pictures, and the difference to the ViT on the small
+OUT/models has each row's model by seed, for `timm-spot evaluate --model` and `timm.create_model('local-dir:...')`.
+The table has top-1 on `validation` with the standard error over pictures, and the difference to the ViT on the small
 picture of as many tokens, paired by picture, the mean over seeds.
 """
 from __future__ import annotations
@@ -171,7 +171,8 @@ def source(name: str, seed: int, runs: Runs) -> list[str]:
         earlier = runs if row.start else Runs(runs.data, '', runs.script, Path(runs.weights), runs.epochs)
         checkpoint = earlier.checkpoint(row.start or (name if row.kwargs is None else 'distilled'), seed)
         folder = runs.out / 'start' / file_name(name, seed)
-        options = ['--model', save(create(row, runs.num_classes, checkpoint), row, folder, runs.classes), '--pretrained']
+        start = create(row, runs.num_classes, checkpoint)
+        options = ['--model', save(start, row, folder, runs.classes), '--pretrained']
     else:
         options = ['--model', 'spot_retrofit' if row.kwargs is not None else BACKBONE, '--pretrained']
         options += [] if runs.weights == 'hub' else ['--pretrained-path', runs.weights]
@@ -180,8 +181,8 @@ def source(name: str, seed: int, runs: Runs) -> list[str]:
     if row.taught:
         largest = dict(eval_n_tokens=BUDGETS[-1], eval_coverage=1.)
         teacher = create(ROWS['all sizes'], runs.num_classes, runs.checkpoint('all sizes', seed), **largest)
-        folder = runs.out / 'teacher' / str(seed)
-        options += ['--kd-model-name', save(teacher, ROWS['all sizes'], folder, runs.classes), *shlex.split(DISTILLATION)]
+        taught_by = save(teacher, ROWS['all sizes'], runs.out / 'teacher' / str(seed), runs.classes)
+        options += ['--kd-model-name', taught_by, *shlex.split(DISTILLATION)]
     return options
 
 

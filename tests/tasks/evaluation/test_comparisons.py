@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from timm_spot.tasks.evaluation.comparisons import (
     Comparison,
     compare,
+    correct_for_number,
     draw_study,
     format_study,
     permutation_test,
@@ -26,9 +29,9 @@ def test_permutation_test():
 
 
 def test_a_comparison_says_what_is_larger():
-    assert Comparison('m', 'a - b', 9, 2., 1.).finding == 'a'
-    assert Comparison('m', 'a - b', 9, -2., 1.).finding == 'b'
-    assert Comparison('m', 'a - b', 9, 1., 1.).finding == 'neither'
+    assert Comparison('m', 'a - b', 9, 2., 1., 0.5).finding == 'a'
+    assert Comparison('m', 'a - b', 9, -2., 1., 0.5).finding == 'b'
+    assert Comparison('m', 'a - b', 9, 1., 1., 0.5).finding == 'neither'
 
 
 def test_difference_and_interval_by_hand():
@@ -39,11 +42,32 @@ def test_difference_and_interval_by_hand():
 
 
 def test_a_table_line_for_each_comparison():
-    table = format_study([Comparison('a|b', 'x - y', 9, 1.25, 0.5), Comparison('m', 'x - y', 16, -2., 3., 0.04)])
+    table = format_study([Comparison('a|b', 'x - y', 9, 1.25, 0.5, 0.03), Comparison('m', 'x - y', 16, -2., 3., 0.01)])
     assert table.splitlines()[2:] == [
-        '| a\\|b | x - y | 9 | +1.2 ± 0.5 | x |', '| m | x - y | 16 | -2.0 ± 3.0 (p = 0.0400) | neither |']
+        '| a\\|b | x - y | 9 | +1.2 ± 0.5 | 0.0300 | x | x |',
+        '| m | x - y | 16 | -2.0 ± 3.0 | 0.0100 | neither | y |']
+
+
+def test_one_of_many_comparisons_needs_more():
+    """p = 0.03 alone is a finding, as one of two of its size none: twice 0.03 is above 0.05."""
+    line = Comparison('m', 'x - y', 9, 1., 0.5, 0.03)
+    assert format_study([line]).endswith('| x | x |')
+    assert format_study([line, line]).endswith('| x | neither |')
+
+
+def test_correction_by_hand():
+    assert correct_for_number([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # 3, then 2 times, then the last
+    assert correct_for_number([0.9, 0.8]) == [1., 1.]
+    assert correct_for_number([]) == []
+
+
+@given(st.lists(st.floats(0., 1.), min_size=1, max_size=20))
+def test_correction_keeps_the_order_and_lowers_nothing(p):
+    corrected = correct_for_number(p)
+    assert all(before <= after <= 1. for before, after in zip(p, corrected))
+    assert all(corrected[i] <= corrected[j] for i in range(len(p)) for j in range(len(p)) if p[i] < p[j])
 
 
 def test_a_dollar_in_a_name_is_a_letter(tmp_path):
-    draw_study([Comparison('$a^$', '$x_$ - $y$', 9, 1., 0.5)]).savefig(tmp_path / 'study.png')
+    draw_study([Comparison('$a^$', '$x_$ - $y$', 9, 1., 0.5, 0.01)]).savefig(tmp_path / 'study.png')
     assert (tmp_path / 'study.png').stat().st_size > 0

@@ -1,8 +1,8 @@
-"""Paired comparisons, the lines of a study: difference, interval, table and figure."""
+"""Paired comparisons, the lines of a study: difference, interval, p corrected for their number, table and figure."""
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Dict, NamedTuple, Optional, Sequence
+from typing import TYPE_CHECKING, Dict, List, NamedTuple, Sequence
 
 import torch
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 _PERMUTATIONS = 10_000
 _Z = 1.96
+_LEVEL = 0.05
 
 
 class Comparison(NamedTuple):
@@ -22,7 +23,7 @@ class Comparison(NamedTuple):
         n_tokens: Budget.
         difference: Mean of A - B, in percentage points.
         interval: Half the width of its 95 % confidence interval.
-        p: Of the permutation test, where one was made.
+        p: Of the permutation test.
     """
 
     model: str
@@ -30,13 +31,16 @@ class Comparison(NamedTuple):
     n_tokens: int
     difference: float
     interval: float
-    p: Optional[float] = None
+    p: float
 
     @property
     def finding(self) -> str:
         """'A', 'B' or 'neither': whose mean is larger beyond the interval."""
-        if abs(self.difference) <= self.interval:
-            return 'neither'
+        return 'neither' if abs(self.difference) <= self.interval else self.larger
+
+    @property
+    def larger(self) -> str:
+        """'A' or 'B': whose mean is larger at all."""
         return self.what.split(' - ')[self.difference < 0]
 
 
@@ -45,7 +49,6 @@ def compare(
         what: str,
         n_tokens: int,
         scores: Dict[str, torch.Tensor],
-        permute: bool = False,
 ) -> Comparison:
     """Compare two conditions on the same pictures.
 
@@ -54,13 +57,12 @@ def compare(
         what: 'A - B', names in `scores`.
         n_tokens: Budget.
         scores: (B,) each, in [0, 1].
-        permute: Also make the permutation test.
     """
     a, b = what.split(' - ')
     differences = scores[a].double() - scores[b].double()
     interval = _Z * (differences.std() / math.sqrt(len(differences))).item()
-    p = permutation_test(differences) if permute else None
-    return Comparison(model, what, n_tokens, 100 * differences.mean().item(), 100 * interval, p)
+    difference = 100 * differences.mean().item()
+    return Comparison(model, what, n_tokens, difference, 100 * interval, permutation_test(differences))
 
 
 def saliency_percentiles(maps: torch.Tensor) -> torch.Tensor:
@@ -82,14 +84,30 @@ def permutation_test(differences: torch.Tensor) -> float:
     return (extreme + 1) / (_PERMUTATIONS + 1)
 
 
+def correct_for_number(p: Sequence[float]) -> List[float]:
+    """p of several tests, raised so that all those below a level are wrong together with that probability at most.
+
+    Holm 1979, `A Simple Sequentially Rejective Multiple Test Procedure`: the smallest of n times n, the next times
+    n - 1, ..., none below the one before it.
+
+    >>> correct_for_number([0.25, 0.125, 0.5])
+    [0.5, 0.375, 0.5]
+    """
+    corrected, least = [0.] * len(p), 0.
+    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        least = max(least, min(1., (len(p) - rank) * p[i]))
+        corrected[i] = least
+    return corrected
+
+
 def format_study(found: Sequence[Comparison]) -> str:
-    """A table in Markdown."""
-    lines = ['| model | difference | tokens | points, 95 % interval | larger |', '|---' * 5 + '|']
-    for c in found:
-        p = '' if c.p is None else f' (p = {c.p:.4f})'
+    """A table in Markdown: what is larger by itself, and what still is as one of so many comparisons."""
+    lines = [f'| model | difference | tokens | points, 95 % interval | p | larger | as one of {len(found)} |',
+             '|---' * 7 + '|']
+    for c, p in zip(found, correct_for_number([c.p for c in found])):
         model = c.model.replace('|', '\\|')
-        lines.append(
-            f'| {model} | {c.what} | {c.n_tokens} | {c.difference:+.1f} ± {c.interval:.1f}{p} | {c.finding} |')
+        lines.append(f'| {model} | {c.what} | {c.n_tokens} | {c.difference:+.1f} ± {c.interval:.1f} | {c.p:.4f} '
+                     f"| {c.finding} | {c.larger if p < _LEVEL else 'neither'} |")
     return '\n'.join(lines)
 
 

@@ -3,8 +3,9 @@
 Paper: `SPoT: Subpixel Placement of Tokens in Vision Transformers` - https://arxiv.org/abs/2507.01654
 
 All compare the same pictures under two conditions: a difference is a mean over pictures of paired differences, with a
-95 % confidence interval of its mean. The oracle sees the labels; what it found is kept in the study's folder, for the
-other studies. A study of one's own is one function:
+95 % confidence interval of its mean and the p of a permutation test, which is then corrected for the number of
+comparisons. The oracle sees the labels; what it found is kept in the study's folder, for the other studies. A study of
+one's own is one function:
 
     @register_study('corners')
     def study_corners(trials: Sequence[Trial]) -> List[Comparison]:
@@ -136,9 +137,9 @@ class Trial:
         named = [self.model(x, p).argmax(dim=1).cpu() for x, p in zip(images.split(128), positions.split(128))]
         return torch.cat(named) == self.pictures.labels
 
-    def compare(self, what: str, n_tokens: int, scores: Dict[str, torch.Tensor], permute: bool = False) -> Comparison:
+    def compare(self, what: str, n_tokens: int, scores: Dict[str, torch.Tensor]) -> Comparison:
         """'A - B' of scores (B,), by their names; see `compare`."""
-        return compare(self.name, what, n_tokens, scores, permute)
+        return compare(self.name, what, n_tokens, scores)
 
 
 Study = Callable[[Sequence[Trial]], List[Comparison]]
@@ -288,7 +289,7 @@ def study_saliency(trials: Sequence[Trial]) -> List[Comparison]:
                 'before': _under(percentiles, start),
                 'after': _under(percentiles, trial.searched(n).positions),
             }
-            found.append(trial.compare('after - before', n, scores, permute=True))
+            found.append(trial.compare('after - before', n, scores))
     return found
 
 
