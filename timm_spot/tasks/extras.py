@@ -10,6 +10,8 @@ _EXTRAS = {
     'onnxruntime': 'export',
     'onnxscript': 'export',
     'sklearn': 'train',
+    'starlette': 'play',
+    'uvicorn': 'play',
 }
 _OTHERS = {'datasets': 'datasets', 'tensorflow_datasets': 'tensorflow-datasets', 'webdataset': 'webdataset'}  # of timm
 
