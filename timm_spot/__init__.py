@@ -27,6 +27,7 @@ from .ops.samplers import register_sampler as register_sampler
 from .ops.windows import sample_windows as sample_windows
 
 if TYPE_CHECKING:  # what an editor follows; at run time these load on first use, see `_TASKS`
+    from .tasks.deploy.onnx_model import OnnxModel as OnnxModel
     from .tasks.drawing.placements import draw_placement as draw_placement
     from .tasks.drawing.placements import draw_priors as draw_priors
     from .tasks.drawing.placements import draw_seen as draw_seen
@@ -62,6 +63,7 @@ _TASKS = {
     'draw_trajectory': 'drawing.search',
     'export_model': 'publishing.export',
     'load_saliency': 'pictures.saliency_maps',
+    'OnnxModel': 'deploy.onnx_model',
     'OracleResult': 'search.result',
     'optimize_positions': 'search.optimize',
     'push_to_hub': 'publishing.hub',

@@ -4,11 +4,13 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner
+from commands import run
 from conftest import SMALL
 from PIL import Image
 
 from timm_spot.cli import main
 from timm_spot.tasks.evaluation import studies
+from timm_spot.tasks.evaluation.results import read_results
 
 ARGUMENTS = ('--samplers', 'grid,uniform', '--budgets', '4,9', '--batch-size', '7')
 
@@ -118,3 +120,19 @@ def test_a_row_for_each_coverage_computed_once(folder, saved, tmp_path):
     assert result.exit_code == 0 and '3 rows computed, 3 found' in result.output, result.output
     # The model's own coverage, which is 0.
     assert '0 rows computed, 3 found' in evaluate(folder, saved, tmp_path / 'out', *arguments).output
+
+
+def test_an_exported_file_stands_in_the_same_tables(folder, saved, tmp_path):
+    assert run('export', saved, tmp_path / 'm.onnx').exit_code == 0
+    result = evaluate(
+        folder, saved, tmp_path / 'out', '--model', tmp_path / 'm.onnx', '--samplers', 'isotropic', '--budgets', '4,9')
+    assert result.exit_code == 0 and '4 rows computed' in result.output, result.output
+    results, problems = read_results(tmp_path / 'out')
+    assert problems == [] and {r.row.model for r in results} == {saved, str(tmp_path / 'm.onnx')}
+    for n in (4, 9):
+        one, other = (r for r in results if r.row.n_tokens == n)
+        assert (one.gflops, one.row.sampler, one.row.kind) == (other.gflops, other.row.sampler, other.row.kind)
+        assert one.estimates['top1'] == other.estimates['top1']
+    result = evaluate(folder, saved, tmp_path / 'out', '--model', tmp_path / 'm.onnx', '--samplers', 'isotropic',
+                      '--budgets', '4')
+    assert '0 rows computed, 2 found' in result.output, result.output

@@ -37,3 +37,25 @@ def test_export_refuses_models_that_place_no_tokens(dht, tmp_path):
 def test_export_with_sizes(saved, tmp_path, arguments):
     result = run('export', saved, tmp_path / 'x.pt2', '--n-tokens', 4, *arguments)
     assert result.exit_code == 0 and 'largest difference to the model' in result.output, result.output
+
+
+def test_export_of_bytes_and_what_predict_makes_of_it(saved, pictures, tmp_path):
+    out = tmp_path / 'm.onnx'
+    result = run('export', saved, out, '--int8', '--calibrate', pictures, '--force', '--n-tokens', 4)
+    assert result.exit_code == 0 and 'on 1 pictures of' in result.output, result.output
+    result = run('predict', pictures, '--model', out)
+    assert result.exit_code == 0 and len(result.stdout.splitlines()) == 2, result.output
+    for arguments, says in (
+            (('--n-tokens', 9), 'm.onnx has 4 tokens alone'), (('--sampler', 'center'), 'leave out --sampler'),
+            (('--weights', out), 'as it was exported: leave out --weights')):
+        result = run('predict', pictures, '--model', out, *arguments)
+        assert result.exit_code == 1 and says in result.output and 'Traceback' not in result.output, result.output
+    result = run('draw', '--model', out, pictures / 'a.png', '--out', tmp_path / 'a.svg')
+    assert result.exit_code == 1 and 'exported file, which predict and evaluate take' in result.output
+    out.write_bytes(out.read_bytes()[:1000])
+    result = run('predict', pictures, '--model', out)
+    assert result.exit_code == 1 and 'm.onnx is damaged' in result.output and 'Traceback' not in result.output
+    result = run('export', saved, out, '--int8', '--fp16')
+    assert result.exit_code == 1 and 'two files' in result.output
+    result = run('predict', pictures, '--model', tmp_path / 'no.onnx')
+    assert result.exit_code == 1 and 'no.onnx does not exist' in result.output

@@ -16,7 +16,7 @@ from ..tasks.evaluation.families import Family, family_of
 from ..tasks.extras import install_hint
 from ..tasks.pictures.files import printable
 from ..tasks.pictures.saliency_maps import choose_prior
-from .params import check_model_name, told
+from .params import check_model_name, is_onnx, told
 
 
 @click.group(context_settings=dict(help_option_names=['-h', '--help'], max_content_width=120))
@@ -70,6 +70,8 @@ def create_any_model(name: str, weights: str | None = None, pretrained: bool = T
         pretrained: Leave the weights at random otherwise, unless there is a file.
         **kwargs: Of `timm.create_model`; None stands for the model's own.
     """
+    if is_onnx(name):
+        return _open_file(name, dict(kwargs, weights=weights))
     name = check_model_name(name)
     overlay = dict(file=weights) if weights else None
     try:
@@ -78,6 +80,16 @@ def create_any_model(name: str, weights: str | None = None, pretrained: bool = T
     except TypeError as e:  # of a keyword that it does not take, or that its config.json sets to nonsense
         raise ValueError(f'{name} cannot be made: {e}') from e
     return model.eval()
+
+
+def _open_file(name: str, given: dict[str, Any], n_tokens: int | None = None) -> nn.Module:
+    """An exported file as a model; what is given beside its budget is an error."""
+    from ..tasks.deploy.onnx_family import open_classifier
+
+    useless = [f'--{option}' for option, value in given.items() if value is not None]
+    if useless:
+        raise ValueError(f"{name} is as it was exported: leave out {' and '.join(useless)}.")
+    return open_classifier(name, n_tokens)
 
 
 def create_model(
@@ -121,6 +133,10 @@ def create_placed_model(
     What does not suit the model's family is refused before any weights are read, sampler and saliency included; these
     two `set_prior` gives to the model.
     """
+    if is_onnx(name):
+        n_tokens = given.pop('n_tokens', None)
+        given = dict(given, weights=weights, sampler=sampler, saliency=saliency)
+        return _open_file(name, given, n_tokens).to(device)
     family = family_of(create_model(name, pretrained=False, device='meta'))
     check_placement(family, dict(given, sampler=sampler, saliency=saliency))
     return create_model(name, weights, **given).to(device)

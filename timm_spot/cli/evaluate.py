@@ -43,10 +43,10 @@ _DEFAULT_SPARSE_MODEL = f'relevance_{DEFAULT_MODEL}'
 @main.command()
 @click.argument('data', default='digits')
 @model_option(
-    ours=False, parameter='names', multiple=True,
+    ours=False, parameter='names', files=True, multiple=True,
     show_default=f'{DEFAULT_MODEL}; with the scorer relevance {_DEFAULT_SPARSE_MODEL}',
-    help='Any timm model: name, hf-hub:ID, local-dir:PATH or a folder with a config.json; several with several '
-         '--model.')
+    help='Any timm model: name, hf-hub:ID, local-dir:PATH, a folder with a config.json, or a .onnx that `export` '
+         'wrote, which is evaluated with its own placement; several with several --model.')
 @click.option('--samplers', type=Items(SamplerName()), default='grid,uniform,gaussian,sobol,isotropic,center,salient',
               show_default=True)
 @click.option('--budgets', type=Items(BUDGET), default='', show_default='25,49,100,196; for digits 9,25,49,64')

@@ -36,10 +36,11 @@ class Renamed(click.Option):
             self.opts = spellings
 
 
-def model_option(ours: bool = True, parameter: str = 'name', **settings: Any) -> Decorator:
-    """`--model`: any model of timm_spot or, unless `ours`, of timm."""
-    settings.setdefault('help', 'Name, hf-hub:ID, local-dir:PATH or a folder with a config.json.')
-    return click.option('--model', parameter, type=ModelName(ours), **settings)
+def model_option(ours: bool = True, parameter: str = 'name', files: bool = False, **settings: Any) -> Decorator:
+    """`--model`: any model of timm_spot or, unless `ours`, of timm; with `files` also an exported .onnx."""
+    which = ', or a .onnx that `export` wrote' if files else ''
+    settings.setdefault('help', f'Name, hf-hub:ID, local-dir:PATH or a folder with a config.json{which}.')
+    return click.option('--model', parameter, type=ModelName(ours, files), **settings)
 
 
 weights_option = click.option(

@@ -168,15 +168,25 @@ class ModelName(_Param):
 
     Args:
         ours: Whether only names of our own families are taken.
+        files: Whether an exported .onnx is taken too.
     """
 
     name = 'model'
 
-    def __init__(self, ours: bool = False) -> None:
-        self.ours = ours
+    def __init__(self, ours: bool = False, files: bool = False) -> None:
+        self.ours, self.files = ours, files
 
     def check(self, value: str, name: str) -> str:
-        return check_model_name(value, self.ours)
+        if not is_onnx(value):
+            return check_model_name(value, self.ours)
+        if not self.files:
+            raise ValueError(f'{value} is an exported file, which predict and evaluate take: give the model itself.')
+        return InputFile().check(value, name)
+
+
+def is_onnx(name: str) -> bool:
+    """Whether a model is given as an exported file."""
+    return name.lower().endswith('.onnx')
 
 
 def check_model_name(value: str, ours: bool = False) -> str:

@@ -46,7 +46,7 @@ from .progress import show_progress
 
 @main.command()
 @click.argument('images', nargs=-1, required=True)
-@model_option(default=DEFAULT_MODEL, show_default=True)
+@model_option(default=DEFAULT_MODEL, files=True, show_default=True)
 @weights_option
 @n_tokens_option
 @sampler_option

@@ -9,13 +9,12 @@ import click
 from .common import clean_errors, create_subpixel_model, main
 from .options import (
     coverage_option,
-    n_tokens_option,
     placer_option,
     sampler_option,
     seed_option,
     weights_option,
 )
-from .params import ModelName, OutputFile, OutputFolder
+from .params import BUDGET, ModelName, OutputFile, OutputFolder
 
 
 @main.command()
@@ -40,24 +39,54 @@ def convert(source: str, dest: Path, model: str | None) -> None:
 @click.argument('name', type=ModelName(ours=True), metavar='MODEL')
 @click.argument('out', type=OutputFile('.onnx', '.pt2'), metavar='OUT.onnx|OUT.pt2')
 @weights_option
-@n_tokens_option
+@click.option('--n-tokens', type=BUDGET, help='The one budget of the file, for images of one size; by default an .onnx '
+              "takes any of both, a .pt2 has the model's own.")
 @sampler_option
 @placer_option
 @coverage_option
 @seed_option()
 @click.option('--positions-as-input', is_flag=True,
-              help='Let the placement, of any budget, be an input: (B, N, 2), with a coverage (B, N, 4).')
-def export(name: str, out: Path, positions_as_input: bool, **placement: Any) -> None:
+              help='Let the placement of each image, of any budget, be an input: (B, N, 2), with a coverage (B, N, 4).')
+@click.option('--uint8', is_flag=True, help='Let images be bytes, which the file normalises.')
+@click.option('--int8', is_flag=True, help='Multiply bytes: a quarter of the size, and faster on a CPU.')
+@click.option('--fp16', is_flag=True, help='Half precision, for runtimes on a GPU.')
+@click.option('--calibrate', metavar='FOLDER', help='Pictures (a folder, a tar, digits) by which the scales of --int8 '
+              'are found once for all; by default they follow from each token.')
+@click.option('--verify', metavar='FOLDER', help='Pictures on which --int8 and --fp16 are compared with the model; by '
+              'default the other half of --calibrate.')
+@click.option('--force', is_flag=True, help='Keep a file that loses more than 0.5 points, or without labels answers '
+              'otherwise on more than 3 % of the pictures.')
+def export(
+        name: str,
+        out: Path,
+        positions_as_input: bool,
+        uint8: bool,
+        int8: bool,
+        fp16: bool,
+        calibrate: str | None,
+        verify: str | None,
+        force: bool,
+        n_tokens: int | None,
+        **placement: Any,
+) -> None:
     """Write MODEL as ONNX or as PyTorch's exported program.
 
-    MODEL is a name, hf-hub:ID, local-dir:PATH or a folder with a config.json. The batch is dynamic, the image size the
-    model's own. What was written is loaded back and compared.
+    MODEL is a name, hf-hub:ID, local-dir:PATH or a folder with a config.json. The batch is dynamic. What was written
+    is loaded back and compared. An .onnx is run by `timm_spot.OnnxModel`, and by `--model OUT.onnx` of predict and
+    evaluate.
     """
-    from ..tasks.publishing.export import export_model
+    from ..tasks.deploy.onnx_export import OnnxOptions
+    from ..tasks.publishing.export import export_with
 
     with clean_errors():
-        difference = export_model(create_subpixel_model(name, **placement), out, positions_as_input)
+        if int8 and fp16:
+            raise ValueError('--int8 and --fp16 are two files: give one of them.')
+        precision = 'int8' if int8 else 'float16' if fp16 else 'float32'
+        options = OnnxOptions(positions_as_input, n_tokens, uint8, precision, calibrate, verify, force)
+        difference, fidelity = export_with(create_subpixel_model(name, **placement), out, options)
     click.echo(f'{out} ({out.stat().st_size / 1e6:.1f} MB), largest difference to the model {difference:.1g}')
+    if fidelity is not None:
+        click.echo(str(fidelity))
 
 
 @main.command()

@@ -75,9 +75,13 @@ class DensityPlacer(Placer):
         if not images.is_floating_point():
             raise TypeError(f'images must be normalised floats, got {images.dtype}: the model normalises uint8 images.')
         images = images.to(torch.promote_types(images.dtype, torch.float32))
+        return self.thumbnail_density(_thumbnail(_in_colour(images)))
+
+    def thumbnail_density(self, thumbnails: torch.Tensor) -> torch.Tensor:
+        """The density of images by their thumbnails (B, 3, h, w), see `thumbnail_weights`."""
         # The meta device knows no autocast.
-        with nullcontext() if images.is_meta else torch.autocast(images.device.type, enabled=False):
-            x = self.stem(_thumbnail(images))
+        with nullcontext() if thumbnails.is_meta else torch.autocast(thumbnails.device.type, enabled=False):
+            x = self.stem(thumbnails)
             x = self.blocks(x + self.where(_places(x)))
             logits = GAIN * F.pixel_shuffle(self.head(x), 2)[:, 0]
             h, w = logits.shape[-2:]
@@ -86,14 +90,24 @@ class DensityPlacer(Placer):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         size: ImageSize = (images.shape[-2], images.shape[-1])
-        coverage = self.coverage()
-        # A window of one sample that covers its cell has the cell's size in pixels.
-        lattice = fixed_placement('isotropic', self.budget(size), size, 1, images.device, coverage=1.)[0]
-        if coverage == 0.:
-            return place_by_density(lattice[:, :2], self.density(images))
-        lattice = torch.cat([lattice[:, :2], lattice[:, 2:] / lattice.new_tensor(size)], dim=-1)
-        positions, cells = place_by_density(lattice, self.density(images)).split(2, dim=-1)
-        return torch.cat([positions, cell_spacing(cells, size, self.prior.window, coverage)], dim=-1)
+        lattice = start_lattice(self.budget(size), size, images.device, self.coverage() > 0.)
+        return self.carry(lattice, self.density(images), size)
+
+    def carry(self, lattice: torch.Tensor, density: torch.Tensor, image_size: ImageSize) -> torch.Tensor:
+        """The placement (B, N, 2), or (B, N, 4) with a coverage, of a `start_lattice` under densities (B, h, w)."""
+        if lattice.shape[-1] == 2:
+            return place_by_density(lattice, density)
+        positions, cells = place_by_density(lattice, density).split(2, dim=-1)
+        return torch.cat([positions, cell_spacing(cells, image_size, self.prior.window, self.coverage())], dim=-1)
+
+
+def start_lattice(n_tokens: int, image_size: ImageSize, device: torch.device, cells: bool) -> torch.Tensor:
+    """The even lattice that a density carries: (N, 2), or (N, 4) with the height and width of cells, as fractions."""
+    # A window of one sample that covers its cell has the cell's size in pixels.
+    lattice = fixed_placement('isotropic', n_tokens, image_size, 1, device, coverage=1.)[0]
+    if not cells:
+        return lattice[:, :2]
+    return torch.cat([lattice[:, :2], lattice[:, 2:] / lattice.new_tensor(image_size)], dim=-1)
 
 
 def _places(x: torch.Tensor) -> torch.Tensor:
@@ -103,16 +117,42 @@ def _places(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([places, places.square()])[None]
 
 
+def _in_colour(images: torch.Tensor) -> torch.Tensor:
+    """Images of any number of channels as three: grey, unless they are three already."""
+    return images if images.shape[1] == 3 else images.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
+
+
 def _thumbnail(images: torch.Tensor) -> torch.Tensor:
-    """A copy of images (B, C, H, W) in colour: of the same aspect, at most 128 x 128 pixels, whole strides a side."""
-    C, H, W = images.shape[1:]
-    if C != 3:
-        images = images.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
-    scale = min(1., THUMBNAIL / math.sqrt(H * W)) / STRIDE
-    rows, columns = max(1, round(scale * H)), max(1, round(scale * W))
-    h, w = rows * STRIDE, columns * STRIDE
+    """A copy of images (B, C, H, W): of the same aspect, at most 128 x 128 pixels, whole strides a side."""
+    H, W = images.shape[-2:]
+    (h, w), pool = _thumbnail_size(H, W)
     if (h, w) == (H, W):
         return images
     # No pixel is skipped, and unlike with antialias=True an exported model does the same.
-    pool = math.ceil(max(1., H / h, W / w))
     return F.avg_pool2d(F.interpolate(images, (pool * h, pool * w), mode='bilinear'), pool)
+
+
+def _thumbnail_size(height: int, width: int) -> tuple[ImageSize, int]:
+    """Pixels of an image's thumbnail, and by how much larger the image is resized before it is pooled to that."""
+    scale = min(1., THUMBNAIL / math.sqrt(height * width)) / STRIDE
+    h, w = max(1, round(scale * height)) * STRIDE, max(1, round(scale * width)) * STRIDE
+    return (h, w), math.ceil(max(1., height / h, width / w))
+
+
+def thumbnail_weights(image_size: ImageSize) -> tuple[torch.Tensor, torch.Tensor]:
+    """Matrices (h, H) and (W, w) between which images (..., H, W) are their thumbnails, up to rounding.
+
+    Example:
+        >>> rows, columns = thumbnail_weights((256, 128))
+        >>> rows.shape, columns.shape
+        (torch.Size([184, 256]), torch.Size([128, 88]))
+    """
+    sides, pool = _thumbnail_size(*image_size)
+
+    def weights(length: int, side: int) -> torch.Tensor:
+        pixels = torch.eye(length)[None]
+        if side == length and sides == tuple(image_size):
+            return pixels[0]
+        return F.avg_pool1d(F.interpolate(pixels, pool * side, mode='linear'), pool)[0].T.contiguous()
+
+    return weights(image_size[0], sides[0]), weights(image_size[1], sides[1]).T.contiguous()

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
+from .pictures.classes import class_names as class_names
 from .pictures.classes import label_names
 from .pictures.datasets import Pictures
 from .pictures.digits import CANVAS
@@ -37,18 +37,6 @@ class LoadedBatch(NamedTuple):
     names: list[str]
     images: torch.Tensor
     foreign: list[str]
-
-
-def class_names(model: nn.Module) -> list[str]:
-    """Names of a model's classes: its config's own, else timm's ImageNet tables, else the numbers."""
-    names = label_names(model)
-    if names:
-        return names
-    subset = infer_imagenet_subset(model)
-    if subset:
-        info = ImageNetInfo(subset)
-        return [info.index_to_description(i) for i in range(model.num_classes)]
-    return [str(i) for i in range(model.num_classes)]
 
 
 def read_batches(

@@ -111,8 +111,20 @@ def test_what_cannot_be_exported(model, tmp_path, monkeypatch):
         timm_spot.export_model(timm.create_model('spot_vit_pico_patch8_64', depth=1), tmp_path / 'model.pt2')
     with pytest.raises(FileNotFoundError, match=r'in which model\.pt2 is to be written, is no folder'):
         timm_spot.export_model(model, tmp_path / 'no' / 'model.pt2')
+    for options, says in (
+            (dict(int8=True, fp16=True), 'two files'), (dict(calibrate='digits'), 'ask for that too'),
+            (dict(force=True), 'for int8 and fp16')):
+        with pytest.raises(ValueError, match=says):
+            timm_spot.export_model(model, tmp_path / 'model.onnx', **options)
+    for options in (dict(int8=True), dict(fp16=True), dict(uint8=True)):
+        with pytest.raises(ValueError, match=r'are ONNX, ending in \.onnx'):
+            timm_spot.export_model(model, tmp_path / 'model.pt2', **options)
+    bare = timm_spot.retrofit(timm.create_model('vit_tiny_patch16_224', depth=1)).eval()
+    bare.patch_embed.normalization = None
+    with pytest.raises(ValueError, match='does not say how to normalise'):
+        timm_spot.export_model(bare, tmp_path / 'model.onnx', uint8=True)
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
-    with pytest.raises(ModuleNotFoundError, match=r"ONNX needs onnxruntime: pip install 'timm-spot\[export\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"needs onnxruntime: pip install 'timm-spot\[export\]'"):
         timm_spot.export_model(model, tmp_path / 'model.onnx')
     assert not list(tmp_path.iterdir())
 

@@ -212,6 +212,8 @@ def _count_flops(planned: PlannedRow, batches: Decoded, run: Run) -> int:
     """Floating-point operations of one image from pixels to logits, of the main process; 0 in the others."""
     if not run.processes.is_main:
         return 0
+    if planned.way.flops is not None:
+        return planned.way.flops
     seed, first = planned.seeds[0], next(iter(batches), None)
     if first is None:
         raise ValueError(f'no picture among the first of {batches.pictures.source} can be read.')

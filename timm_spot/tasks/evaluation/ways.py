@@ -59,6 +59,7 @@ class Way:
         can_prune: Whether tokens may be dropped on the way.
         pruning: How they are.
         coverage: Share of its cell that a window covers.
+        flops: Of one image, where torch does not count them.
     """
 
     kind: str
@@ -71,6 +72,7 @@ class Way:
     can_prune: bool = True
     pruning: Optional[Pruning] = None
     coverage: float = 0.
+    flops: Optional[int] = None
 
 
 def image_size(model: nn.Module) -> tuple[int, int]:

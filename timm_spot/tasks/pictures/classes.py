@@ -58,6 +58,18 @@ def label_names(model: nn.Module) -> list[str]:
     return list(names) if names and len(names) == model.num_classes else []
 
 
+def class_names(model: nn.Module) -> list[str]:
+    """Names of a model's classes for people: its config's own, else timm's ImageNet tables, else the numbers."""
+    names = label_names(model) or getattr(model, 'class_names', [])
+    if names:
+        return list(names)
+    subset = infer_imagenet_subset(model)
+    if subset:
+        info = ImageNetInfo(subset)
+        return [info.index_to_description(i) for i in range(model.num_classes)]
+    return [str(i) for i in range(model.num_classes)]
+
+
 def check_classes(pictures: Labelled, model: nn.Module) -> None:
     """Check that a model can read the pictures of a data set, and that their labels are its classes.
 

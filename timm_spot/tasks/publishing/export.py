@@ -1,44 +1,64 @@
 """Export of a model to ONNX or to PyTorch's exported program, verified after writing."""
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ...models._shallow import shallow_copy
 from ...models.placement import SampledPlacer
 from ...models.spot_vit import SubpixelVisionTransformer
+from ..deploy.fidelity import Fidelity
+from ..deploy.onnx_export import TOLERANCE, OnnxOptions, export_onnx
 from ..kept import whole_file
 
-TOLERANCE = 1e-4
 
+def export_model(
+        model: nn.Module,
+        path: str | Path,
+        positions_as_input: bool = False,
+        *,
+        n_tokens: int | None = None,
+        uint8: bool = False,
+        int8: bool = False,
+        fp16: bool = False,
+        calibrate: str | Path | None = None,
+        verify: str | Path | None = None,
+        force: bool = False,
+) -> float:
+    """Write a model as `.onnx` or `.pt2`, read it back and compare its answers.
 
-def export_model(model: nn.Module, path: str | Path, positions_as_input: bool = False) -> float:
-    """Write a model as `.onnx` or `.pt2` with dynamic batch, read it back and compare its answers.
-
-    The file appears under its name once it was compared, or not at all.
-
-    Inputs are `images` (B, C, H, W) of the model's nominal size, normalised, and, if asked for, `positions` (B, N, 2)
-    of any budget N, of a model that places sizes (B, N, 4) with spacings; the output is `logits`. Without positions the
-    placement of the model's sampler is part of the file, or the network that places its tokens.
+    The file appears under its name once it was compared, or not at all. The batch is dynamic. An `.onnx`, which
+    `timm_spot.OnnxModel` reads, takes `images` (B, C, H, W) of any size, and any budget, where the model allows it.
+    With `n_tokens`, and in a `.pt2`, both are fixed, and the placement, or the network that places tokens, is part of
+    the file. The output is `logits`.
 
     Args:
         model: A subpixel ViT in eval mode, on the CPU.
         path: File to write; its suffix says which kind. ONNX needs the extra `export`.
-        positions_as_input: Whether the placement is an input of the file.
+        positions_as_input: Whether the placement is an input, (B, N, 2), of a model that places sizes (B, N, 4).
+        n_tokens: The one budget of the file.
+        uint8: Whether images are bytes, which the file normalises; else they are normalised float32.
+        int8: Whether the blocks multiply bytes.
+        fp16: Whether weights and features are in half precision, for runtimes on a GPU.
+        calibrate: Pictures (a folder, a tar, 'digits') by which the scales of int8 activations are found once for all;
+            without them they follow from each token.
+        verify: Pictures on which int8 and fp16 are compared with the model; by default those of `calibrate` by which no
+            scale was found, for a model of digits the held-out ones, or else generated ones.
+        force: Whether a file is kept that loses more than 0.5 points, or without labels changes 3 % of the answers.
 
     Returns:
         The largest difference between the file's and the model's logits.
 
     Raises:
         ValueError: Another suffix, a model in train mode, a sampler whose placement depends on the image without
-            `positions_as_input`.
+            `positions_as_input`, options that do not go together.
         TypeError: `model` is no subpixel ViT.
         FileNotFoundError: There is no such folder.
         ModuleNotFoundError: The packages for ONNX are missing.
-        RuntimeError: The file answers differently from the model, by more than 1e-4.
+        RuntimeError: The file answers differently from the model, by more than 1e-4, or in fewer bits loses too much.
 
     Example:
         >>> import tempfile, timm, timm_spot
@@ -48,35 +68,56 @@ def export_model(model: nn.Module, path: str | Path, positions_as_input: bool = 
         >>> difference < 1e-4
         True
     """
+    if int8 and fp16:
+        raise ValueError('int8 and fp16 are two files: give one of them.')
+    options = OnnxOptions(
+        positions_as_input, n_tokens, uint8, 'int8' if int8 else 'float16' if fp16 else 'float32',
+        None if calibrate is None else str(calibrate), None if verify is None else str(verify), force)
+    return export_with(model, path, options)[0]
+
+
+def export_with(model: nn.Module, path: str | Path, options: OnnxOptions) -> tuple[float, Fidelity | None]:
+    """`export_model`, and how a file in fewer bits answers."""
     path = Path(path)
-    _check(model, path, positions_as_input)
-    write, read = (_write_onnx, _read_onnx) if path.suffix == '.onnx' else (_write_program, _read_program)
+    _check(model, path, options)
+    if options.n_tokens is not None:
+        model = shallow_copy(model, placer=model.placer.replaced(n_tokens=options.n_tokens))
+    if path.suffix == '.onnx':
+        return export_onnx(model, path, options)
     with torch.no_grad(), whole_file(path) as partial:
-        write(model, partial, _inputs(model, 2, model.n_tokens, positions_as_input))
-        answer = read(partial)
+        _write_program(model, partial, _inputs(model, 2, model.n_tokens, options.positions_as_input))
+        answer = _read_program(partial)
         differences = []
         # Another batch and budget than the file was traced with.
-        for batch_size, n_tokens in ((2, model.n_tokens), (3, model.n_tokens + 2)):
-            inputs = _inputs(model, batch_size, n_tokens, positions_as_input)
+        for batch_size, n in ((2, model.n_tokens), (3, model.n_tokens + 2)):
+            inputs = _inputs(model, batch_size, n, options.positions_as_input)
             differences.append((answer(*inputs) - model(*inputs)).abs().max().item())
         difference = max(differences)
         if not difference <= TOLERANCE:
             raise RuntimeError(
                 f'{path} was written, but its logits differ from the model\'s by {difference:.2g}. Nothing was kept.')
-    return difference
+    return difference, None
 
 
-def _check(model: nn.Module, path: Path, positions_as_input: bool) -> None:
+def _check(model: nn.Module, path: Path, options: OnnxOptions) -> None:
     if path.suffix not in ('.onnx', '.pt2'):
         raise ValueError(f"path={str(path)!r} must end in '.onnx' or '.pt2'.")
+    if path.suffix == '.pt2' and (options.uint8 or options.precision != 'float32'):
+        raise ValueError(f'path={str(path)!r}: files of bytes or half precision are ONNX, ending in .onnx.')
+    if options.precision != 'int8' and options.calibrate is not None:
+        raise ValueError(f'calibrate={options.calibrate!r} finds the scales of int8: ask for that too.')
+    if options.precision == 'float32' and (options.verify is not None or options.force):
+        raise ValueError('verify and force are for int8 and fp16: float32 always answers as the model does.')
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f'{path.absolute().parent}, in which {path.name} is to be written, is no folder.')
     if not isinstance(model, SubpixelVisionTransformer):
         raise TypeError(f'model must be a subpixel ViT, got {type(model).__name__}.')
     if model.training:
         raise ValueError('model is in train mode, in which it draws its placements: call model.eval() first.')
+    if options.uint8 and model.normalization is None:
+        raise ValueError('uint8=True, but the model does not say how to normalise: call patch_embed.set_normalization.')
     placer = model.placer
-    if isinstance(placer, SampledPlacer) and placer.reads_images and not positions_as_input:
+    if isinstance(placer, SampledPlacer) and placer.reads_images and not options.positions_as_input:
         raise ValueError(
             f'{placer.source} places tokens by the image, which a file with a fixed placement cannot: export with '
             'positions_as_input=True, or choose another sampler.')
@@ -98,31 +139,6 @@ def _write_program(model: nn.Module, path: Path, inputs: tuple[torch.Tensor, ...
 
 def _read_program(path: Path) -> Callable[..., torch.Tensor]:
     return torch.export.load(path).module()
-
-
-def _write_onnx(model: nn.Module, path: Path, inputs: tuple[torch.Tensor, ...]) -> None:
-    try:
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ModuleNotFoundError as e:
-        raise ModuleNotFoundError(f"ONNX needs {e.name}: pip install 'timm-spot[export]'.", name=e.name) from e
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # the exporter's own use of what it deprecates
-        torch.onnx.export(
-            model, inputs, path, dynamo=True, dynamic_shapes=_dynamic(inputs), verbose=False, external_data=False,
-            input_names=['images', 'positions'][:len(inputs)], output_names=['logits'])
-
-
-def _read_onnx(path: Path) -> Callable[..., torch.Tensor]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    names = [i.name for i in session.get_inputs()]
-
-    def answer(*inputs: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(session.run(['logits'], {n: x.numpy() for n, x in zip(names, inputs)})[0])
-
-    return answer
 
 
 def _dynamic(inputs: tuple[torch.Tensor, ...]) -> tuple[dict, ...]:

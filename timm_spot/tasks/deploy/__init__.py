@@ -1,0 +1,1 @@
+"""Models as other programs run them: ONNX files, quantised ones, programs compiled for budgets."""
