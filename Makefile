@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint timm-test floor-test bench photographs clean
+.PHONY: help demo test lint timm-test floor-test bench photographs docs package clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -26,6 +26,8 @@ lint: .venv/.installed  ## Check style and types
 	$(BIN)/ruff check .
 	@echo "== mypy: strict in ops/, complete signatures everywhere (a minute of processor time at first, then seconds)"
 	$(BIN)/mypy
+	@echo "== mypy: a user's file, which sees the public names alone"
+	$(BIN)/mypy --strict --follow-imports=silent tests/typed_user.py
 
 timm-test: .venv/.installed  ## Run timm's own model tests, from its source distribution, on our names
 	@echo "== timm's tests/test_models.py"
@@ -62,6 +64,19 @@ photographs: .venv/.installed  ## Train on photographs, write tables and a repor
 	$(PLACED) --samplers grid,uniform,gaussian,sobol,isotropic,center,salient,salient_lattice --saliency energy \
 		--budgets 25,49,100,196 --coverages 0,1 --knn "$(DATA)" --out $(PHOTOGRAPHS)/evaluation
 	$(PLACED) $(VITS) --samplers isotropic --budgets 16,25,49,100 --coverages 1 --out $(PHOTOGRAPHS)/rivals
+
+docs: .venv/.docs  ## Build the site, into build/site
+	@echo "== mkdocs"
+	$(BIN)/mkdocs build --strict --quiet
+
+.venv/.docs: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
+
+package:  ## Build wheel and sdist, check them, use them in an empty environment without a network
+	$(PYTHON) -m venv build/packing
+	build/packing/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	build/packing/bin/python tests/run_package_smoke.py
 
 clean:  ## Remove .venv and build products
 	rm -rf .venv .venv-floor build dist *.egg-info

@@ -47,7 +47,7 @@ if TYPE_CHECKING:  # what an editor follows; at run time these load on first use
     from .tasks.vectorize import RasterToVector as RasterToVector
     from .tasks.vectorize import vectorize as vectorize
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 # Tasks load on first use: importing this package costs no more than importing timm.
 _TASKS = {
