@@ -2,9 +2,9 @@
 
     python -m benchmarks [SECTION ...]
 
-Sections: tokenizer, sizes, model, oracle, files, large, relevance, fewer_tokens; all by default. And vectorize, which
-needs other programs. What a section measured is kept beside the page (results.json), so that one can be measured anew
-alone.
+Sections: tokenizer, sizes, model, oracle, files, large, relevance, fewer_tokens, deploy; all by default. And
+vectorize, which needs other programs. What a section measured is kept beside the page (results.json), so that one can
+be measured anew alone.
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import torch
 
 from .measure import Config, machine
 
-DEFAULT = ('tokenizer', 'sizes', 'model', 'oracle', 'files', 'large', 'relevance', 'fewer_tokens')
+DEFAULT = ('tokenizer', 'sizes', 'model', 'oracle', 'files', 'large', 'relevance', 'fewer_tokens', 'deploy')
 SECTIONS = (*DEFAULT, 'vectorize')
 
 

@@ -26,11 +26,11 @@ print(json.dumps(dict(modules=modules, names=names)))
 # What users type. A name is added here on purpose, and never taken away.
 PUBLIC = [
     'DhtSegmenter', 'HierarchicalTokenizer', 'OnnxModel', 'OracleResult', 'Placer', 'Prior', 'RasterToVector',
-    'Regions', 'RelevanceTask', 'add_placer', 'animate', 'attention_saliency', 'draw_hierarchy', 'draw_placement',
-    'draw_priors', 'draw_pruning', 'draw_reconstruction', 'draw_region_means', 'draw_regions', 'draw_seen',
-    'draw_trajectory', 'export_model', 'list_placers', 'list_samplers', 'load_saliency', 'optimize_positions',
-    'push_to_hub', 'register_placer', 'register_sampler', 'retrofit', 'sample_positions', 'sample_windows',
-    'sparsify', 'spectral_residual', 'vectorize',
+    'Regions', 'RelevanceTask', 'add_placer', 'animate', 'attention_saliency', 'compile', 'draw_hierarchy',
+    'draw_placement', 'draw_priors', 'draw_pruning', 'draw_reconstruction', 'draw_region_means', 'draw_regions',
+    'draw_seen', 'draw_trajectory', 'export_model', 'list_placers', 'list_samplers', 'load_saliency',
+    'optimize_positions', 'push_to_hub', 'register_placer', 'register_sampler', 'retrofit', 'sample_positions',
+    'sample_windows', 'sparsify', 'spectral_residual', 'vectorize',
 ]
 TREE = ast.parse(Path(timm_spot.__file__).read_text('utf-8'))
 

@@ -27,6 +27,7 @@ from .ops.samplers import register_sampler as register_sampler
 from .ops.windows import sample_windows as sample_windows
 
 if TYPE_CHECKING:  # what an editor follows; at run time these load on first use, see `_TASKS`
+    from .tasks.deploy.compiled import compile as compile
     from .tasks.deploy.onnx_model import OnnxModel as OnnxModel
     from .tasks.drawing.placements import draw_placement as draw_placement
     from .tasks.drawing.placements import draw_priors as draw_priors
@@ -52,6 +53,7 @@ __version__ = '0.2.0'
 # Tasks load on first use: importing this package costs no more than importing timm.
 _TASKS = {
     'animate': 'drawing.search',
+    'compile': 'deploy.compiled',
     'draw_hierarchy': 'drawing.regions',
     'draw_placement': 'drawing.placements',
     'draw_priors': 'drawing.placements',

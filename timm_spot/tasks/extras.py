@@ -5,10 +5,12 @@ import importlib
 
 _EXTRAS = {
     'accelerate': 'evaluate',
+    'fastapi': 'serve',
     'matplotlib': 'viz',
     'onnx': 'export',
     'onnxruntime': 'export',
     'onnxscript': 'export',
+    'openvino': 'openvino',
     'sklearn': 'train',
     'starlette': 'play',
     'uvicorn': 'play',

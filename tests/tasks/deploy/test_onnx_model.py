@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 import timm
 import torch
 from onnx import TensorProto, helper
+from PIL import Image
 
 import timm_spot
 from timm_spot.models._shallow import shallow_copy
+from timm_spot.tasks.pictures.images import model_transform
 
 
 def at(model, n_tokens):
@@ -68,6 +71,17 @@ def test_a_shipped_network_places_any_budget(tmp_path):
         torch.testing.assert_close(torch.from_numpy(read(images, n)), expected, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match='takes no positions: export it with --positions-as-input'):
         read(images, positions=np.zeros((4, 2)))
+
+
+@pytest.mark.parametrize('channels', [3, 1])
+def test_pictures_are_prepared_as_the_model_s_transform_does(float_file, channels):
+    read = timm_spot.OnnxModel(float_file, threads=1)
+    read.info = dataclasses.replace(read.info, channels=channels)
+    model = timm.create_model('spot_vit_pico_patch8_64', in_chans=channels)
+    picture = Image.effect_noise((90, 70), 60).convert('RGB')
+    image = read.prepare(picture)
+    assert image.shape == (channels, 64, 64) and image.dtype == np.uint8
+    np.testing.assert_array_equal(image, np.asarray(model_transform(model, normalize=False)(picture)))
 
 
 def test_no_torch_between(read, monkeypatch):

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+from timm.data import create_transform
 
 from ...ops.samplers import check_n_tokens
 from ..extras import need
@@ -58,6 +60,7 @@ class OnnxModel:
         self.info = OnnxInfo.from_json(said, str(path))
         self._placements: dict[tuple[int, tuple[int, int]], dict[str, np.ndarray]] = {}
         self._lock = threading.Lock()
+        self._transform: Any = None
 
     @property
     def class_names(self) -> list[str]:
@@ -67,6 +70,13 @@ class OnnxModel:
         """Tokens of images of (H, W) pixels, by default of the model's own size, where none are asked for."""
         height, width = image_size or self.info.image_size
         return self.info.n_tokens or (height // self.info.window) * (width // self.info.window)
+
+    def prepare(self, picture: Image.Image) -> np.ndarray:
+        """A picture, in RGB, resized and cropped as the model was trained: (C, H, W), uint8."""
+        if self._transform is None:
+            self._transform = create_transform(**self.info.config, is_training=False, use_prefetcher=True)
+        image = np.asarray(self._transform(picture if self.info.channels == 3 else picture.convert('L').convert('RGB')))
+        return image[:self.info.channels]
 
     def __call__(
             self,
