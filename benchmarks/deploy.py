@@ -27,7 +27,7 @@ from .references import BASE
 
 SMALL = 'spot_vit_small_patch16_in21k'
 BUDGETS, BATCHES = (25, 49, 100, 196), (1, 8)
-FEW = (25, 49)  # for what takes long to build: compiled programs, files of OpenVINO
+FEW = (25, 49)  # for what takes long to build, of the base model: compiled programs, files of OpenVINO
 JUDGED_BATCH = 8
 DIGITS = 'spot_vit_pico_patch8_64.digits'
 _SIDE = 224
@@ -97,7 +97,7 @@ def _calls(
     calls: Calls = {'eager': lambda: model(images)}
     for kind, file in files.items():
         calls[kind] = lambda file=file: file(pixels, n)
-    if n not in FEW:
+    if n not in FEW or model.embed_dim < 768:
         return calls
     if not config.quick:
         compiled = timm_spot.compile(model, budgets=(n,))
@@ -137,7 +137,7 @@ def _dense_sessions(name: str, config: Config, folder: Path) -> dict[str, Any]:
     import onnx
     import onnxruntime
 
-    model = _Dense(timm.create_model(name, **config.model_args).eval())
+    model = _Dense(timm.create_model(name, **config.model_args)).eval()
     program = torch.onnx.export(
         model, (torch.rand(2, 3, _SIDE, _SIDE),), dynamo=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
         opset_version=20, verbose=False, input_names=['images'])
