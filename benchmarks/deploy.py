@@ -107,8 +107,8 @@ def _calls(
         path = folder / f'openvino_{len(options)}_{n}_{model.embed_dim}.onnx'
         if not path.exists():
             timm_spot.export_model(model, path, n_tokens=n, **options)
-        network = openvino.Core().compile_model(
-            path, 'CPU', {'INFERENCE_NUM_THREADS': config.threads, 'PERFORMANCE_HINT': 'LATENCY'})
+        network = openvino.Core().compile_model(path, 'CPU', {  # which would take bfloat16 where the CPU has it
+            'INFERENCE_NUM_THREADS': config.threads, 'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'})
         calls[kind] = lambda network=network: network(pixels)
     return calls
 
