@@ -61,3 +61,15 @@ def test_without_the_extra_its_name_is_told(served, monkeypatch):
     monkeypatch.setitem(sys.modules, 'starlette', None)
     result = run('play', '--port', 0)
     assert result.exit_code == 1 and "pip install 'timm-spot[play]'" in result.stderr
+
+
+def test_a_folder_instead_of_a_server(served, saved, tmp_path, monkeypatch):
+    def write(stage, folder):
+        folder.mkdir()
+        (folder / 'index.html').write_bytes(bytes(2_000_000))
+        return [folder / 'index.html']
+
+    monkeypatch.setattr(module, 'write_static', write)
+    result = run('play', '--model', saved, '--static', tmp_path / 'page')
+    assert result.exit_code == 0 and 'stage' not in served
+    assert result.output == f'{tmp_path}/page  1 files, 2 MB; python -m http.server -d {tmp_path}/page\n'
