@@ -74,7 +74,7 @@ def page(results: Dict[str, Dict[str, Any]]) -> str:
         for title, header, rows in result['tables']:
             lines += [f'**{title}**', '', *markdown(header, rows), '']
         if result['curves']:
-            lines += [f'![images/s by tokens]({name}.png)', '']
+            lines += [f'![images/s as shares of the limit, by tokens]({name}.png)', '']
         for remark in result['remarks']:
             lines += [remark, '']
     return '\n'.join(lines).rstrip() + '\n'
@@ -85,7 +85,7 @@ def markdown(header: List[str], rows: List[List[str]]) -> List[str]:
 
 
 def plot(results: Dict[str, Dict[str, Any]], out: Path) -> None:
-    """Draw the curves of each section that has some."""
+    """Draw the curves of each section that has some, as shares of the last, the limit."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
@@ -93,10 +93,14 @@ def plot(results: Dict[str, Dict[str, Any]], out: Path) -> None:
     for name, result in results.items():
         for title, curves in result['curves'].items():
             figure, axes = plt.subplots(figsize=(6, 3.5), layout='constrained')
-            for label, values in curves.items():
-                if label != 'tokens':
-                    axes.plot(curves['tokens'], values, marker='o', label=label)
-            axes.set(xlabel='tokens', ylabel='images/s', title=title, ylim=(0, None))
+            *labels, limit = [label for label in curves if label != 'tokens']
+            axes.axhline(1., color='grey', linestyle='--', label=limit)
+            for label in labels:
+                shares = [value / most for value, most in zip(curves[label], curves[limit])]
+                axes.plot(curves['tokens'], shares, marker='o', label=label)
+                for x, share in zip(curves['tokens'], shares):
+                    axes.annotate(f'{share:.3f}', (x, share), (0, -14), textcoords='offset points', ha='center')
+            axes.set(xlabel='tokens', ylabel=f'of what the {limit} gives', title=title, ylim=(0.9, 1.05))
             axes.legend()
             figure.savefig(out / f'{name}.png', dpi=120)
             plt.close(figure)

@@ -54,6 +54,7 @@ def draw(times: Sequence[float], path: Path) -> None:
     ax.plot(pixels, ms, 'o', color=BLUE, label='released tokenizer, one image')
     for x, y, side in zip(pixels, ms, SIDES):
         ax.annotate(f'{side} px', (x, y), (4, -12), textcoords='offset points', color=GREY, fontsize='small')
+    ax.set_xlim(right=1.16 * pixels[-1].item())  # room for the last label
     ax.set_xlabel('megapixels', color=GREY)
     ax.set_ylabel('ms', color=GREY)
     ax.tick_params(colors=GREY)

@@ -83,7 +83,8 @@ def main() -> None:
     result = timm_spot.optimize_positions(
         model, to_input(canvases, model), labels[:64], steps=40, lr=1e-2, bounds='clamp')
     index = (result.losses[:, 0] - result.losses[:, -1]).argmax().item()
-    save(timm_spot.draw_trajectory(canvases[index, None], result, index)[0].figure, 'trajectory')
+    save(timm_spot.draw_trajectory(
+        canvases[index, None], result, index, objective='cross-entropy of the label')[0].figure, 'trajectory')
     timm_spot.animate(canvases[index, None], result, 8, IMAGES / 'search.gif', index)
 
     sparse = timm.create_model('relevance_spot_vit_pico_patch8_64', pretrained=True, keep_rate=0.6).eval()

@@ -24,6 +24,9 @@ def test_pruning_outlines_survivors_and_numbers_the_others_by_stage():
     assert shades == {(15.5, -0.5): 0.85, (-0.5, -0.5): 0.425, (15.5, 15.5): 0.425}
     assert all(p.get_facecolor()[:3] == pytest.approx(to_rgb(DARK)) for p in ax.patches if p.get_fill())
     assert ax.get_title() == '4 → 3 → 1 tokens'
+    legend = ax.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ['falls at stage 1', 'falls at stage 2', 'stays']
+    assert [patch.get_alpha() for patch in legend.get_patches()] == [0.85, 0.425, None]
     with pytest.raises(ValueError, match='kept is empty'):
         timm_spot.draw_pruning(Image.new('RGB', (32, 32)), positions, [], 16)
     with pytest.raises(ValueError, match='kept holds index 4, positions only 4 tokens'):

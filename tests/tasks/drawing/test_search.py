@@ -43,6 +43,8 @@ def test_the_image_asked_for_is_drawn():
     assert all(np.ptp(line.get_xydata(), axis=0).max() == 0 for line in picture.lines)  # nothing moves in the second
     np.testing.assert_allclose(loss.lines[0].get_xydata(), [[0, 1], [1, 1], [2, 1], [3, 1]])
     assert (loss.get_title(), loss.get_xlabel()) == ('loss', 'step')
+    _, loss = timm_spot.draw_trajectory(torch.zeros(3, 50, 100), result, objective='entropy')
+    assert loss.get_title() == 'loss: entropy' and loss.get_box_aspect() == 0.6
 
 
 def test_a_token_that_left_the_image_is_still_drawn():

@@ -120,8 +120,8 @@ def write_film(picture: np.ndarray, frames: Callable[[Axes], Iterator[str]], pat
     from matplotlib.animation import FFMpegWriter, PillowWriter
 
     figure = new_figure(*figure_size(picture))
-    # Films know no transparency: a dark frame with light text stands on any page. Codecs want an even size.
-    figure.patch.set(facecolor=DARK, alpha=1.)
+    # Films know no transparency. Codecs want an even size.
+    figure.patch.set(facecolor='white', alpha=1.)
     figure.set_size_inches(np.ceil(figure.get_size_inches() * 50) / 50)
     ax = figure.subplots()
     writer = PillowWriter(fps) if path.suffix == '.gif' else FFMpegWriter(fps)
@@ -129,8 +129,8 @@ def write_film(picture: np.ndarray, frames: Callable[[Axes], Iterator[str]], pat
         with whole_file(path) as partial, writer.saving(figure, partial, dpi=100):
             show(ax, picture)
             for title in frames(ax):
-                ax.set_title(title, color='#d0d0d0', fontsize='medium')
-                writer.grab_frame(facecolor=DARK)
+                ax.set_title(title, color=DARK, fontsize='medium')
+                writer.grab_frame(facecolor='white')
                 ax.clear()
                 show(ax, picture)
     finally:
@@ -185,11 +185,14 @@ def to_pixels(positions: np.ndarray, picture: np.ndarray, convention: str) -> np
 
 
 def add_windows(ax: Axes, centres: np.ndarray, sides: np.ndarray) -> None:
+    from matplotlib import patheffects
     from matplotlib.collections import PatchCollection
-    from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
 
     windows = [
         Rectangle((x - width / 2, y - height / 2), width, height) for (y, x), (height, width) in zip(centres, sides)]
-    ax.add_collection(PatchCollection(windows, facecolor=to_rgba(ORANGE, 0.3), edgecolor=ORANGE, linewidth=1.))
+    # Outlines, so that what a window reads is seen; the dark casing shows them on any ground.
+    casing = [patheffects.withStroke(linewidth=2.6, foreground=DARK)]
+    ax.add_collection(PatchCollection(
+        windows, facecolor='none', edgecolor=ORANGE, linewidth=1.2, path_effects=casing))
     ax.scatter(centres[:, 1], centres[:, 0], s=9, color='white', edgecolors=DARK, linewidths=0.6, zorder=3)

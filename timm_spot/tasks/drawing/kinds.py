@@ -141,7 +141,8 @@ def _write_budgets(subject: Subject, settings: Settings, path: Path) -> None:
 
 def _draw_trajectory(subject: Subject, settings: Settings) -> Figure:
     result = _search(subject, settings)
-    return draw_trajectory(subject.picture, result, convention=subject.windows['convention'])[0].figure
+    return draw_trajectory(
+        subject.picture, result, convention=subject.windows['convention'], objective='entropy')[0].figure
 
 
 def _write_film(subject: Subject, settings: Settings, path: Path) -> None:

@@ -39,7 +39,7 @@ def draw_pruning(
     """
     need('matplotlib')
     from matplotlib import patheffects
-    from matplotlib.patches import Rectangle
+    from matplotlib.patches import Patch, Rectangle
 
     picture = to_picture(image)
     centres, sides = rectangles(positions, window, picture, convention)
@@ -64,6 +64,12 @@ def draw_pruning(
         shade = 0.85 * (1 - stage / len(kept))
         ax.add_patch(Rectangle(corner, width, height, facecolor=DARK, alpha=shade, linewidth=0))
         ax.text(x, y, str(stage + 1), color='white', fontsize='x-small', ha='center', va='center', path_effects=casing)
+    shades = [0.85 * (1 - stage / len(kept)) for stage in range(len(kept))]
+    ax.legend(
+        handles=[
+            *(Patch(facecolor=DARK, alpha=shade, label=f'falls at stage {i + 1}') for i, shade in enumerate(shades)),
+            Patch(facecolor='none', edgecolor=ORANGE, linewidth=1.5, label='stays')],
+        loc='upper center', bbox_to_anchor=(0.5, 0.), ncols=2, frameon=False, labelcolor=GREY, fontsize='small')
     counts = ' → '.join(str(n) for n in [len(centres), *(index.numel() for index in kept)])
     ax.set_title(f'{counts} tokens', color=GREY, fontsize='medium')
     return ax

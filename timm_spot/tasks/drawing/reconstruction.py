@@ -22,7 +22,7 @@ def draw_reconstruction(
         axes: Sequence[Axes] | None = None,
         convention: str = 'patch',
 ) -> np.ndarray:
-    """Draw an image, the windows that a masked autoencoder saw of it, and what it made of the dropped ones.
+    """Draw an image, the windows that a masked autoencoder saw of it, and these with what it made of the dropped ones.
 
     The autoencoder predicts normalised pixels: each dropped window is drawn with the true mean and contrast. Where
     windows overlap, their average is drawn; each lies at the nearest whole pixel.
@@ -58,12 +58,10 @@ def draw_reconstruction(
     low, high = image.min(), image.max()
     picture = ((image - low) / (high - low).clamp(min=ROUNDING)).clamp(0, 1)
     axes = new_figure(3 * SIDE / 2, SIDE / 2).subplots(1, 3) if axes is None else axes
-    titles = ('image', f'{kept.shape[1]} windows seen', f'{dropped.shape[1]} windows reconstructed')
-    panels = (
-        to_picture(picture),
-        _paste(seen, kept[0], image, low, high, convention),
-        _paste(predicted.view(-1, len(image), window, window), dropped[0], image, low, high, convention),
-    )
+    titles = ('image', f'{kept.shape[1]} windows seen', f'and {dropped.shape[1]} reconstructed')
+    read = _paste(seen, kept[0], image, low, high, convention)
+    made = _paste(predicted.view(-1, len(image), window, window), dropped[0], image, low, high, convention)
+    panels = (to_picture(picture), read, np.where(read[..., 3:] == 1., read, made))
     for ax, panel, title in zip(axes, panels, titles):
         show(ax, panel)
         ax.set_title(title, color=GREY, fontsize='medium')

@@ -62,7 +62,8 @@ def draw_hierarchy(image: Picture, levels: Sequence[torch.Tensor]) -> np.ndarray
     if not levels:
         raise ValueError('levels is empty: an image of so few pixels has no hierarchy.')
     width, height = figure_size(picture)
-    axes = new_figure(width * len(levels), 2 * height).subplots(2, len(levels), squeeze=False)
+    # Small panels, beside which titles are large enough to be read where the whole is shown as wide as a page.
+    axes = new_figure(0.6 * width * len(levels), 1.2 * height + 0.3).subplots(2, len(levels), squeeze=False)
     for column, segmentation in zip(axes.T, levels):
         draw_regions(image, segmentation, column[0])
         draw_region_means(image, segmentation, column[1])

@@ -37,6 +37,7 @@ def draw_trajectory(
         index: int = 0,
         axes: Sequence[Axes] | None = None,
         convention: str = 'patch',
+        objective: str = '',
 ) -> np.ndarray:
     """Draw where a search moved every token (start, path and end), and beside it the loss at each step.
 
@@ -46,6 +47,7 @@ def draw_trajectory(
         index: Which image of the result.
         axes: Two axes, for the picture and for the loss; a new figure by default.
         convention: Where positions lie, see `timm_spot.sample_windows`.
+        objective: Name of what the loss is, for its title.
 
     Returns:
         The two axes.
@@ -62,8 +64,9 @@ def draw_trajectory(
     points = to_pixels(trajectory[..., :2].numpy(), picture, convention)  # steps + 1, N, 2
     if axes is None:
         width, height = figure_size(picture)
-        figure = new_figure(width + 0.8 * SIDE, max(height, 0.7 * SIDE))
-        axes = figure.subplots(1, 2, width_ratios=(width, 0.8 * SIDE))
+        beside = max(width, 0.8 * SIDE)
+        figure = new_figure(width + beside + 0.5, max(height, 0.7 * SIDE) + 0.6)
+        axes = figure.subplots(1, 2, width_ratios=(width, beside))
     image_ax, loss_ax = axes
     show(image_ax, picture)
     # A dark casing under a light line shows on any photograph.
@@ -75,19 +78,25 @@ def draw_trajectory(
     image_ax.scatter(points[-1, :, 1], points[-1, :, 0], s=28, color=ORANGE, edgecolors=DARK, linewidths=0.8,
                      marker='o', zorder=4, clip_on=False, label='end')
     _include(image_ax, points, picture)
+    image_ax.set_title(f'{points.shape[1]} tokens, {len(points) - 1} steps', color=GREY, fontsize='medium')
     image_ax.legend(
         loc='upper center', bbox_to_anchor=(0.5, 0.), ncols=2, frameon=False, labelcolor=GREY, fontsize='medium')
 
-    loss_ax.plot(losses, color=BLUE, linewidth=2, marker='o', markersize=4 if len(losses) <= 30 else 0)
-    loss_ax.set_box_aspect(0.75)
-    loss_ax.set_facecolor('none')
-    loss_ax.set_xlabel('step', color=GREY)
-    loss_ax.set_title('loss', color=GREY, fontsize='medium')
-    loss_ax.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # of a MaxNLocator
-    loss_ax.tick_params(colors=GREY)
-    loss_ax.spines[['top', 'right']].set_visible(False)
-    loss_ax.spines[['bottom', 'left']].set_color(GREY)
+    _draw_losses(loss_ax, losses, picture, objective)
     return np.array([image_ax, loss_ax])
+
+
+def _draw_losses(ax: Axes, losses: torch.Tensor, picture: np.ndarray, objective: str) -> None:
+    ax.plot(losses, color=BLUE, linewidth=2, marker='o', markersize=4 if len(losses) <= 30 else 0)
+    # As high as the picture beside it, unless that is a strip.
+    ax.set_box_aspect(min(max(picture.shape[0] / picture.shape[1], 0.6), 1.2))
+    ax.set_facecolor('none')
+    ax.set_xlabel('step', color=GREY)
+    ax.set_title(f'loss: {objective}' if objective else 'loss', color=GREY, fontsize='medium')
+    ax.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # of a MaxNLocator
+    ax.tick_params(colors=GREY)
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.spines[['bottom', 'left']].set_color(GREY)
 
 
 def animate(
