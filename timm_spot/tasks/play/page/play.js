@@ -5,6 +5,7 @@ import {fromLink, fromText, toLink, toText} from './share.js';
 
 const $ = id => document.getElementById(id);
 const percent = p => `${(100 * p).toFixed(p > 0.9995 || p < 0.0005 ? 2 : 1)} %`;
+const short = name => name.split(',')[0];  // of ImageNet's classes, which list synonyms
 const PAUSE = 1500;  // milliseconds before a server that has gone is asked again
 
 const backend = await (async () => {
@@ -17,7 +18,7 @@ const state = {
   file: null,  // what it was read from: the number of an example, or a file
   positions: [], chosen: new Set(), prior: '', seed: 0, view: 'windows', keep: 1,
   answer: null, density: null, trajectory: null, band: null};
-let model = null, past = [], future = [];
+let model = null, past = [], future = [], drag = null;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Asking: one request at a time, the newest wins; a server that has gone is waited for
@@ -34,7 +35,7 @@ async function refresh() {
     if (!state.picture || !state.positions.length) break;
     const began = performance.now(), positions = state.positions;
     const answer = await reach(() => backend.answer({
-      picture: state.picture.id, positions, keep_rate: state.keep, worth: state.view === 'worth'}));
+      picture: state.picture.id, positions, keep_rate: state.keep, worth: state.view === 'worth' && !drag}));  // that takes a pass for each token
     if (answer && positions.length === state.positions.length) {
       state.answer = answer;
       $('latency').textContent = `answered in ${Math.round(performance.now() - began)} ms`;
@@ -118,7 +119,7 @@ async function show(file, {place = true} = {}) {
   $('foreign').textContent = 'This model reads digits on small canvases; this is no such picture, whatever it answers.';
   document.querySelectorAll('#examples button').forEach((button, i) => button.setAttribute('aria-pressed', i === file));
   const best = picture.full.reduce((a, b) => a.full > b.full ? a : b);
-  $('full-budget').textContent = `${model.full_budget} even tokens: ${best.name} ${percent(best.full)}`;
+  $('full-budget').textContent = `${model.full_budget} even tokens: ${short(best.name)} ${percent(best.full)}`;
   if (place || !state.positions.length) await placeAnew(false);
   else refresh();
   if (state.view === 'density') await loadDensity();
@@ -248,16 +249,16 @@ function showAnswer() {
     row.dataset.name = score.name;
     row.dataset.probability = score.probability;
     row.dataset.full = score.full;
-    row.querySelector('.name').textContent = score.name;
+    row.querySelector('.name').textContent = short(score.name);
     row.querySelector('.name').title = score.name;
     row.querySelector('.fill').style.transform = `scaleX(${score.probability})`;
     row.querySelector('.mark').style.left = `${100 * score.full}%`;
     row.querySelector('.share').textContent = percent(score.probability);
   });
-  const headline = `${best.name} · ${percent(best.probability)}`;
+  const headline = `${short(best.name)} · ${percent(best.probability)}`;
   if ($('headline').textContent !== headline) $('headline').textContent = headline;
   const points = 100 * (best.probability - best.full);
-  $('difference').textContent = `${points >= 0 ? '+' : '−'}${Math.abs(points).toFixed(1)} points of ${best.name} beside `
+  $('difference').textContent = `${points >= 0 ? '+' : '−'}${Math.abs(points).toFixed(1)} points of ${short(best.name)} beside `
     + `the full budget, with ${state.positions.length} of ${model.full_budget} tokens`;
   $('stages').textContent = state.answer.stages
     ? `${[state.positions.length, ...state.answer.stages].join(' → ')} tokens; numbers say at which stage one falls` : '';
@@ -317,8 +318,6 @@ function tell() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Pointer and keys
 
-let drag = null;
-
 $('canvas').addEventListener('pointerdown', event => {
   if (event.button || !state.picture) return;
   const i = view.hit(event, state.positions);
@@ -366,10 +365,12 @@ $('canvas').addEventListener('pointermove', event => {
 
 for (const name of ['pointerup', 'pointercancel']) {
   $('canvas').addEventListener(name, () => {
+    const moved = drag?.moved;
     drag = null;
     state.band = null;
     if (model) tell();
-    draw();
+    if (moved && state.view === 'worth') refresh();
+    else draw();
   });
 }
 
@@ -614,10 +615,10 @@ async function start() {
   $('searching').hidden = !backend.searches;
   $('pruning').hidden = !backend.prunes;
   fill($('prior'), model.priors.map(p => [
-    p.name, p.about === 'learned placer' ? `${p.name} (learned placer)` : p.name.replace('/', ' by ').replaceAll('_', ' ')]));
+    p.name, p.about === 'learned placer' ? `${p.name} (learned)` : p.name.replace('/', ' by ').replaceAll('_', ' ')]));
   fill($('goal'), [
     ['entropy', 'a sure prediction, no label'], ['teacher', 'the prediction of the full budget, no label'],
-    ...model.classes.map((name, i) => [`label:${i}`, `class ${name}`])]);
+    ...model.classes.map((name, i) => [`label:${i}`, `class ${short(name)}`])]);
   state.prior = model.priors.find(p => p.name === 'isotropic')?.name ?? model.priors[0].name;
   const linked = location.hash.length > 1 ? location.hash : null;
   await show(0);
