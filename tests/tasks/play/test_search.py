@@ -37,6 +37,12 @@ def test_steps_are_those_of_the_search(stage, key, objective, label):
             [s['probability'] for s in scores], abs=1e-5)
 
 
+def test_tokens_stay_in_the_picture(stage, key):
+    steps = list(search_steps(stage, key, [[0., 0.], [1., 1.], [0., 1.]], 'label', 2, steps=8, lr=0.1))
+    found = torch.tensor([step['positions'] for step in steps])
+    assert found.min() == 0. and found.max() == 1. and not torch.equal(found[0], found[-1])
+
+
 def test_others_ask_between_steps_and_a_search_that_is_left_ends(stage, key):
     before = threading.active_count()
     steps = search_steps(stage, key, stage.place(key, 'isotropic', 9), steps=500)

@@ -43,3 +43,13 @@ def test_what_has_no_speed_has_no_plot_of_it():
 def test_a_drawing_has_the_size_of_its_page():
     drawn = to_svg(plot([result('grid', 9, 50.)], BY_BUDGET, 'n_tokens'))
     assert not re.search(r'<svg[^>]* (width|height)=', drawn)
+
+
+def test_at_one_budget_every_placement_has_a_line_of_its_own_the_best_on_top():
+    figure = plot([result('grid', 9, 50.), result('$a^$', 9, 55.), result('_b', 9, 40.)], BY_BUDGET, 'n_tokens')
+    ax, = figure.axes
+    assert ax.containers[0].lines[0].get_xydata().tolist() == [[40., 0.], [50., 1.], [55., 2.]]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ['_b', 'grid', '$a^$']
+    assert ax.get_xlabel().endswith(', 9 tokens') and to_svg(figure).startswith('<svg')
+    bars = ax.containers[0].lines[2][0].get_segments()
+    assert bars[0].tolist() == [[38.5, 0.], [41.5, 0.]]

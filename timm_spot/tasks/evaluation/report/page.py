@@ -40,7 +40,7 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; ba
 td small { color: #595959; }
 svg { width: 36rem; max-width: 100%; height: auto; display: block; margin: 1rem 0; }
 .placements { display: flex; flex-wrap: wrap; gap: .5rem; }
-.placements figure { margin: 0; width: 9rem; } .placements img { width: 100%; }
+.placements figure { margin: 0; width: 12rem; } .placements img { width: 100%; }
 figcaption { font-size: .85rem; text-align: center; }
 @media screen and (min-width: 68rem) {
   body { max-width: 76rem; } p { max-width: 62rem; } svg { display: inline-block; width: 35rem; max-width: 49%; }
@@ -158,6 +158,6 @@ def _draw(model: nn.Module, image: torch.Tensor, positions: torch.Tensor) -> str
     figure = draw_placement(
         denormalize(model, image.cpu()), positions.cpu(), embed.window, convention=embed.convention).figure
     data = io.BytesIO()
-    figure.savefig(data, format='png', dpi=60)
+    figure.savefig(data, format='png', dpi=100)
     plt.close(figure)
     return base64.b64encode(data.getvalue()).decode()

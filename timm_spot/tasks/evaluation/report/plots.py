@@ -29,9 +29,12 @@ def plot(results: Sequence[Result], by: Grouping, x: str) -> Optional[Figure]:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    metric = next((name for name in SHOWN if any(name in r.estimates for r in results)), '')  # top-1, if there is one
+    budgets = {value_of(r, x) for r in results if metric in r.estimates and value_of(r, x) is not None}
+    if x == 'n_tokens' and len(budgets) == 1 and len(lines_of(results, by)) > 1:
+        return _plot_one_budget(results, by, metric, budgets.pop())
     figure = Figure(figsize=(5, 4.8), layout='constrained')
     ax = figure.subplots()
-    metric = next((name for name in SHOWN if any(name in r.estimates for r in results)), '')  # top-1, if there is one
     drawn, labels = [], []
     # Colour, marker and line vary together: legible in grey too.
     for i, (label, line) in enumerate(lines_of(results, by).items()):
@@ -54,6 +57,24 @@ def plot(results: Sequence[Result], by: Grouping, x: str) -> Optional[Figure]:
         ncols=2, frameon=False, fontsize='small')
     for text in legend.get_texts():
         text.set_parse_math(False)  # a $ is a letter
+    return figure
+
+
+def _plot_one_budget(results: Sequence[Result], by: Grouping, metric: str, n_tokens: Any) -> Figure:
+    """Accuracy at the one budget that there is: a point for each placement, in a line of its own, the best on top."""
+    from matplotlib.figure import Figure
+
+    points = sorted(
+        (r.estimates[metric].value, r.estimates[metric].se, label)
+        for label, line in lines_of(results, by).items() for r in line.values() if metric in r.estimates)
+    accuracy, error, labels = zip(*points)
+    figure = Figure(figsize=(5, 1. + 0.35 * len(points)), layout='constrained')
+    ax = figure.subplots()
+    ax.errorbar(accuracy, range(len(points)), xerr=error, fmt='o', color='#0072b2', markersize=5, capsize=2)
+    for text in ax.set_yticks(range(len(points)), [textwrap.fill(label, 28) for label in labels]):
+        text.label1.set_parse_math(False)  # a $ is a letter
+    ax.set_xlabel(f'{TITLES[metric]}, {n_tokens} tokens')
+    ax.grid(axis='x', alpha=0.3)
     return figure
 
 
