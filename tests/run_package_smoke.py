@@ -59,6 +59,10 @@ with tempfile.TemporaryDirectory() as out:
 for command, extra in ((['play', '--port', '0'], 'play'), (['draw', picture, '--out', 'x.png'], 'viz')):
     result = run(*command)
     assert result.exit_code == 1 and f"pip install 'timm-spot[{extra}]'" in result.output, result.output
+script = Path(sys.executable).with_name('timm-spot')
+said = subprocess.run([script, '--version'], capture_output=True, text=True, check=True).stdout
+assert said.split()[-1] == version, said
+assert 'predict' in subprocess.run([script, '--help'], capture_output=True, text=True, check=True).stdout
 print('works offline:', version)
 """
 
