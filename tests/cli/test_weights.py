@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import pytest
+import timm
 from commands import run
+from conftest import SMALL
 from safetensors.torch import save_file
+
+import timm_spot
 
 
 def test_convert_then_dry_run_of_push(tmp_path, pico):
@@ -37,6 +41,15 @@ def test_export_refuses_models_that_place_no_tokens(dht, tmp_path):
 def test_export_with_sizes(saved, tmp_path, arguments):
     result = run('export', saved, tmp_path / 'x.pt2', '--n-tokens', 4, *arguments)
     assert result.exit_code == 0 and 'largest difference to the model' in result.output, result.output
+
+
+def test_export_takes_the_size_that_the_config_says(tmp_path):
+    model = timm.create_model('spot_vit_tiny_patch16_in21k', img_size=64, **SMALL)
+    model.pretrained_cfg['input_size'] = (3, 48, 48)
+    timm.models.save_for_hf(model, tmp_path / 'saved')
+    result = run('export', tmp_path / 'saved', tmp_path / 'm.onnx', '--n-tokens', 4)
+    assert result.exit_code == 0, result.output
+    assert timm_spot.OnnxModel(tmp_path / 'm.onnx').info.image_size == (48, 48)
 
 
 def test_export_of_bytes_and_what_predict_makes_of_it(saved, pictures, tmp_path):

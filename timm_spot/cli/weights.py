@@ -76,6 +76,7 @@ def export(
     evaluate.
     """
     from ..tasks.deploy.onnx_export import OnnxOptions
+    from ..tasks.evaluation.ways import image_size
     from ..tasks.publishing.export import export_with
 
     with clean_errors():
@@ -83,7 +84,10 @@ def export(
             raise ValueError('--int8 and --fp16 are two files: give one of them.')
         precision = 'int8' if int8 else 'float16' if fp16 else 'float32'
         options = OnnxOptions(positions_as_input, n_tokens, uint8, precision, calibrate, verify, force)
-        difference, fidelity = export_with(create_subpixel_model(name, **placement), out, options)
+        model = create_subpixel_model(name, **placement)
+        if image_size(model) != tuple(model.patch_embed.img_size):  # the size at which the other commands run it
+            model.set_input_size(image_size(model))
+        difference, fidelity = export_with(model, out, options)
     click.echo(f'{out} ({out.stat().st_size / 1e6:.1f} MB), largest difference to the model {difference:.1g}')
     if fidelity is not None:
         click.echo(str(fidelity))

@@ -43,8 +43,15 @@ def test_every_budget_has_a_program_that_is_made_once(quickly, placer, budgets):
             model.set_placement(n_tokens=n or 9)
             torch.testing.assert_close(fast(images, n), model(images), rtol=0, atol=1e-5)
     assert made() == before + len(fast.budgets)
+    model.set_placement(n_tokens=5)  # which is none of them: the largest
+    torch.testing.assert_close(fast(images), fast(images, 9), rtol=0, atol=0)
+    for batch in (2, 3):  # a placement for each image is another program
+        images, positions = torch.randn(batch, 3, 64, 64), torch.rand(batch, 9, 2)
+        torch.testing.assert_close(
+            fast(images, positions=positions), model(images, positions), rtol=0, atol=1e-5)
+    assert made() == before + len(fast.budgets) + 1
     fast(torch.randn(1, 3, 64, 64))
-    assert made() == before + len(fast.budgets) + 1  # batches of one have programs of their own
+    assert made() == before + len(fast.budgets) + 2  # batches of one have programs of their own
 
 
 def test_what_cannot_be_compiled():

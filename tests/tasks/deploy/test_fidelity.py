@@ -46,21 +46,19 @@ def test_a_float_file_answers_alike(tiny, float_file, folder):
     assert other.pictures == 64 and other.accuracy is None and 'say little: give real ones' in str(other)
 
 
-def test_right_answers_are_counted(tiny, folder, monkeypatch):
+def test_right_answers_are_counted(tiny, float_file, folder):
     """Of a file that always says `bee`."""
-    class Bees:
-        info = type('Info', (), dict(placement='shared'))
-
+    class Bees(timm_spot.OnnxModel):
         def __call__(self, images, positions):
             return np.tile(np.array([[0., 1., 0.]], np.float32), (len(images), 1))
 
-    found = compare(tiny, Bees(), Pictures(str(folder)))
+    found = compare(tiny, Bees(float_file), Pictures(str(folder)))
     assert found.accuracy == pytest.approx(100 / 3)
 
 
-def test_halves_of_a_folder_share_no_picture(tiny, folder):
-    pictures = Pictures(str(folder))
-    halves = [sum(len(images) for images, _ in read_batches(tiny, pictures, first, 2)) for first in (0, 1)]
+def test_halves_of_a_folder_share_no_picture(float_file, folder):
+    pictures, file = Pictures(str(folder)), timm_spot.OnnxModel(float_file, threads=1)
+    halves = [sum(len(images) for images, _ in read_batches(file, pictures, first, 2)) for first in (0, 1)]
     assert sum(halves) == 9 and len(pictures) == 10
-    images, labels = next(read_batches(tiny, pictures, most=3))
+    images, labels = next(read_batches(file, pictures, most=3))
     assert images.shape == (3, 3, 64, 64) and images.dtype == np.uint8 and labels == [0, 1, 2]

@@ -37,6 +37,13 @@ def test_models_without_a_budget_of_their_own_keep_having_none(tiny):
     assert info.config['input_size'] == (3, 64, 64) and info.images == 'uint8'
 
 
+def test_pictures_become_what_a_file_of_one_size_takes(tiny):
+    model = timm.create_model('spot_vit_tiny_patch16_in21k', img_size=64, depth=1).eval()
+    asked = dict(positions_as_input=False, uint8=False, precision='float32')
+    assert describe(model, 4, **asked).config['input_size'] == (3, 64, 64)
+    assert describe(model, None, **asked).config['input_size'] == (3, 224, 224)
+
+
 def test_operations_are_a_polynomial(tiny):
     info = describe(tiny, None, False, False, 'float32')
     assert OnnxInfo(**dict(vars(info), flops=(7., 5., 2.))).count_flops(3) == 7 + 15 + 18

@@ -19,39 +19,52 @@ class CompiledModel:
     others; on a GPU for each size of a batch, as a CUDA graph. From the second call on nothing is compiled.
 
     Args:
-        model: A subpixel ViT in eval mode; its weights are shared, its placement stays as it is now.
+        model: A subpixel ViT in eval mode; its weights are shared, its placement but for the budget stays as it is now.
         budgets: Numbers of tokens, in rising order.
     """
 
     def __init__(self, model: SubpixelVisionTransformer, budgets: tuple[int, ...]) -> None:
-        self.budgets = budgets
+        self.model, self.budgets = model, budgets
         self._models = {
             n: shallow_copy(model, placer=model.placer.replaced(n_tokens=n)) for n in budgets}
         self._programs: dict[tuple[object, ...], Program] = {}
         self._placements: dict[tuple[object, ...], torch.Tensor] = {}
 
-    def __call__(self, images: torch.Tensor, n_tokens: int | None = None) -> torch.Tensor:
+    def __call__(
+            self,
+            images: torch.Tensor,
+            n_tokens: int | None = None,
+            positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Logits (B, classes).
 
         Args:
             images: (B, C, H, W), as the model takes them, on its device.
-            n_tokens: Any of the budgets, by default the largest.
+            n_tokens: Any of the budgets; by default that of the model, if it is one of them, or the largest.
+            positions: Placement of as many tokens as one of the budgets, instead of the model's.
 
         Raises:
             ValueError: There is no program for such a budget.
         """
-        n_tokens = self.budgets[-1] if n_tokens is None else n_tokens
+        if positions is not None:
+            n_tokens = positions.shape[-2]
+        elif n_tokens is None:
+            n_tokens = self.model.n_tokens if self.model.n_tokens in self.budgets else self.budgets[-1]
         if n_tokens not in self._models:
             raise ValueError(f"n_tokens={n_tokens} is none of the budgets {', '.join(map(str, self.budgets))}.")
         on_gpu = images.device.type == 'cuda'
         batch = len(images) if on_gpu else min(len(images), 2)
-        key = (n_tokens, batch, images.shape[1:], images.dtype, images.device)
         with torch.no_grad():
+            placement = self._place(images, n_tokens) if positions is None else positions
+            form = None if placement is None else (placement.ndim, placement.shape[-1])
+            key = (n_tokens, batch, images.shape[1:], images.dtype, images.device, form)
             if key not in self._programs:
                 self._programs[key] = _program(self._models[n_tokens], on_gpu)
             if not on_gpu and batch > 1:
                 torch._dynamo.maybe_mark_dynamic(images, 0)
-            logits = self._programs[key](images, self._place(images, n_tokens))
+                if placement is not None and placement.ndim == 3:
+                    torch._dynamo.maybe_mark_dynamic(placement, 0)
+            logits = self._programs[key](images, placement)
             # The next run of a CUDA graph writes to the same memory.
             return logits.clone() if on_gpu else logits
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..pictures.classes import class_mismatch
 from ..pictures.datasets import Pictures
-from ..pictures.images import PictureError, model_transform
+from ..pictures.images import PictureError
 from .onnx_info import EACH
 from .onnx_model import OnnxModel
 
@@ -82,7 +82,7 @@ def compare(model: nn.Module, file: OnnxModel, pictures: Pictures | None, first:
         first, step: Which of them: of a folder that scales were found on, the others.
     """
     ours, theirs, labels = [], [], []
-    batches = _generated(model) if pictures is None else read_batches(model, pictures, first, step)
+    batches = _generated(model) if pictures is None else read_batches(file, pictures, first, step)
     with torch.inference_mode():
         for images, numbers in batches:
             tensors = torch.from_numpy(images)
@@ -106,14 +106,13 @@ def compare(model: nn.Module, file: OnnxModel, pictures: Pictures | None, first:
 
 
 def read_batches(
-        model: nn.Module,
+        file: OnnxModel,
         pictures: Pictures,
         first: int = 0,
         step: int = 1,
         most: int = MOST,
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
     """uint8 images (B, C, H, W) and labels, evenly of all pictures; those that cannot be read are left out."""
-    transform = model_transform(model, normalize=False)
     chosen = range(first if first < len(pictures) else 0, len(pictures), step)
     chosen = [chosen[int(i)] for i in np.linspace(0, len(chosen) - 1, min(most, len(chosen)))]
     images: list[np.ndarray] = []
@@ -123,7 +122,7 @@ def read_batches(
             picture, label = pictures[i]
         except PictureError:
             continue
-        images.append(np.asarray(transform(picture)))
+        images.append(file.prepare(picture))
         labels.append(int(label))
         if len(images) == BATCH:
             yield np.stack(images), labels

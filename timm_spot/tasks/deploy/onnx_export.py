@@ -128,7 +128,7 @@ def _differences(model: nn.Module, file: OnnxModel) -> Iterator[float]:
 def _feeds(model: nn.Module, file: OnnxModel, pictures: Pictures) -> Iterator[dict[str, np.ndarray]]:
     """Every second picture, at the model's budget and where it can be chosen at a quarter of that."""
     budgets = [None, max(1, model.n_tokens // 4)] if file.info.placement in (LATTICE, SHARED) else [None]
-    for images, _ in read_batches(model, pictures, 0, 2, _CALIBRATED):
+    for images, _ in read_batches(file, pictures, 0, 2, _CALIBRATED):
         for n in budgets:
             positions = None
             if file.info.placement == EACH:

@@ -123,12 +123,15 @@ def describe(
         # Sizes of tokens follow from their number by functions that ONNX does not have, where a network places them.
         placement = SHARED if sampled else LATTICE if type(placer) is DensityPlacer and not sized else INSIDE
     config = {key: value for key, value in resolve_model_data_config(model).items() if _is_plain(value)}
+    any_size = placement != INSIDE and not sized
+    if not any_size:  # pictures become what the file takes, whatever the model's config says
+        config['input_size'] = (embed.in_chans, *embed.img_size)
     # Without a budget of its own a model has as many tokens as patches, which depends on the size of the image.
     own = None if prior.n_tokens is None else prior.budgets(embed.img_size)[1]
     return OnnxInfo(
         model=(getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__,
         class_names=class_names(model), label_names=label_names(model), config=config, channels=embed.in_chans,
-        window=embed.window, image_size=tuple(embed.img_size), any_size=placement != INSIDE and not sized,
+        window=embed.window, image_size=tuple(embed.img_size), any_size=any_size,
         images='uint8' if uint8 else 'float32', precision=precision, placement=placement, columns=4 if sized else 2,
         budgets_by_sampler=sampled and not placer.reads_images and not isinstance(model, TokenPruning),
         placer=placer.name or type(placer).__name__, sampler=prior.sampler,
