@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import click
 
 TIMEOUT = 30.
+FRESH = 2.  # seconds for which an idle connection is used again: the service closes them some time
 
 
 class Load:
@@ -26,7 +27,7 @@ class Load:
 
     def __init__(self, host: str, port: int, body: bytes) -> None:
         self.host, self.port, self.body = host, port, body
-        self.idle: list = []  # connections
+        self.idle: list = []  # connections, and since when
         self.reset()
 
     def reset(self) -> None:
@@ -34,7 +35,10 @@ class Load:
 
     async def ask(self, method: str = 'POST', path: str = '/predict', body: bytes = b'') -> tuple[int, str, bytes]:
         """Status, head and body of a response."""
-        reader, writer = self.idle.pop() if self.idle else await asyncio.open_connection(self.host, self.port)
+        while self.idle and time.perf_counter() - self.idle[-1][2] > FRESH:
+            self.idle.pop()[1].close()
+        reader, writer, _ = self.idle.pop() if self.idle else (
+            *await asyncio.open_connection(self.host, self.port), 0.)
         keep = False
         try:
             writer.write(f'{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n'.encode() + body)
@@ -45,13 +49,13 @@ class Load:
             return int(head.split()[1]), head, answer
         finally:
             if keep:
-                self.idle.append((reader, writer))
+                self.idle.append((reader, writer, time.perf_counter()))
             else:
                 writer.close()
 
     async def close(self) -> None:
         """Close all connections."""
-        for _, writer in self.idle:
+        for _, writer, _ in self.idle:
             writer.close()
             with suppress(OSError):
                 await writer.wait_closed()
@@ -103,9 +107,11 @@ class Load:
         times = sorted(self.times) or [0.]
         answered = sum(self.budgets.values())
         tokens = '  '.join(f'{n}: {100 * c / answered:.0f} %' for n, c in sorted(self.budgets.items()))
+        said = ', '.join(f'{status}: {count}' for status, count in sorted(self.statuses.items()))
+        first = f' (the first: {self.lost[0]})' if self.lost else ''
         return (
-            f'{name}: {sum(self.statuses.values()) + len(self.lost)} requests in {seconds:.0f} s, statuses '
-            f'{dict(self.statuses)}, lost {len(self.lost)}, 503 without Retry-After {self.without_hint}, answered '
+            f'{name}: {sum(self.statuses.values()) + len(self.lost)} requests in {seconds:.0f} s, {said}, '
+            f'lost {len(self.lost)}{first}, 503 without Retry-After {self.without_hint}, answered '
             f'{self.statuses[200] / seconds:.1f}/s, median {1e3 * times[len(times) // 2]:.0f} ms, 99 % '
             f'{1e3 * times[int(0.99 * (len(times) - 1))]:.0f} ms, tokens {tokens}')
 

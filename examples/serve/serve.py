@@ -148,7 +148,7 @@ def main(
         raise click.ClickException(str(e)) from e
     click.echo('  '.join(f'{n} tokens {1e3 * s:.1f} ms' for n, s in seconds.items()))
     batcher = Batcher(model, chosen, seconds, wait_ms / 1e3, largest_batch, target_ms / 1e3, limit)
-    uvicorn.run(create_app(model, batcher), host=host, port=port, log_level='warning')
+    uvicorn.run(create_app(model, batcher), host=host, port=port, log_level='warning', timeout_keep_alive=30)
 
 
 if __name__ == '__main__':
