@@ -119,23 +119,16 @@ def test_an_error_of_the_model_reaches_those_who_asked_and_no_others(modules):
 
 
 def test_who_waits_when_the_service_ends_is_told(modules):
-    async def ask(batcher, answer):
-        waiting = [asyncio.create_task(answer(i)) for i in range(5)]
-        await asyncio.sleep(0.05)
-        return waiting
-
-    async def outcome(batcher, answer):
-        return await ask(batcher, answer)
-
-    async def main():
-        batcher = modules['batching'].Batcher(Toy(0.2), (4,), {4: 0.01}, largest=2, wait=0.)
+    async def main(wait):
+        batcher = modules['batching'].Batcher(Toy(0.2), (4,), {4: 0.01}, largest=2 if wait == 0. else 9, wait=wait)
         work = asyncio.create_task(batcher.run())
         waiting = [asyncio.create_task(batcher.answer(image(i))) for i in range(5)]
         await asyncio.sleep(0.05)
         work.cancel()
         return await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 5)
 
-    assert all(isinstance(e, modules['batching'].Busy) for e in asyncio.run(main()))
+    for wait in (0., 9.):  # while a batch is computed, and while one is gathered
+        assert all(isinstance(e, modules['batching'].Busy) for e in asyncio.run(main(wait)))
 
 
 @pytest.fixture(scope='module')

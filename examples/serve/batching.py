@@ -120,13 +120,15 @@ class Batcher:
 
     async def _gather(self) -> list:
         batch = [await self._queue.get()]
-        until = time.monotonic() + self.wait
-        while len(batch) < self.largest:
-            try:
-                batch.append(await asyncio.wait_for(self._queue.get(), max(0., until - time.monotonic())))
-            except asyncio.TimeoutError:
-                break
-        return [(image, future) for image, future in batch if not future.done()]  # of clients that went away
+        try:
+            if self._queue.qsize() < self.largest - 1:
+                await asyncio.sleep(self.wait)
+        except asyncio.CancelledError:
+            _resolve(batch[0][1], Busy(1.))
+            raise
+        while len(batch) < self.largest and not self._queue.empty():
+            batch.append(self._queue.get_nowait())
+        return [(image, future) for image, future in batch if not future.done()]  # the others' clients went away
 
     async def _compute(self, batch: list, n_tokens: int) -> None:
         if not batch:
