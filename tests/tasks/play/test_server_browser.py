@@ -245,3 +245,53 @@ def test_a_finger_drags(open_page, model):
     touch('touchEnd', 0, 0)
     assert positions(page)[12] == pytest.approx([before[12][0] + 0.15, before[12][1]], abs=0.02)
     settle(page, predicted(model, positions(page)))
+
+
+def test_pictures_are_dropped_and_pasted(open_page):
+    page = open_page()
+    data = list((SHIPPED / '05_5.png').read_bytes())
+    for kind, name in (('drop', 'dropped.png'), ('paste', 'pasted.png')):
+        page.evaluate("""([kind, name, data]) => {
+            const carried = new DataTransfer();
+            carried.items.add(new File([new Uint8Array(data)], name, {type: 'image/png'}));
+            dispatchEvent(kind === 'drop' ? new DragEvent('drop', {dataTransfer: carried, cancelable: true})
+                : new ClipboardEvent('paste', {clipboardData: carried}));
+        }""", [kind, name, data])
+        page.wait_for_function(f"JSON.parse(document.querySelector('#text').value).picture == '{name}'")
+    assert page.is_hidden('#foreign')
+
+
+def test_what_is_saved_can_be_opened_again(open_page, tmp_path):
+    page = open_page()
+    drag(page, positions(page)[12], (0.21, 0.77))
+    with page.expect_download() as saved:
+        page.click('#json')
+    saved.value.save_as(tmp_path / 'placement.json')
+    kept = json.loads((tmp_path / 'placement.json').read_text())
+    assert kept['model'] == MODEL and kept['positions'] == positions(page)
+    with page.expect_download() as saved:
+        page.click('#png')
+    saved.value.save_as(tmp_path / 'placement.png')
+    with Image.open(tmp_path / 'placement.png') as picture:
+        assert picture.width == picture.height >= 300 and len(picture.getcolors(1 << 24)) > 50
+    page.click('#undo')
+    assert positions(page) != kept['positions']
+    page.set_input_files('#open-json', tmp_path / 'placement.json')
+    first = kept['positions'][12][0]
+    page.wait_for_function(f"JSON.parse(document.querySelector('#text').value).positions[12][0] == {first}")
+    assert positions(page) == kept['positions']
+    (tmp_path / 'wrong.json').write_text('{"positions": [[1]]}')
+    page.set_input_files('#open-json', tmp_path / 'wrong.json')
+    page.wait_for_selector('#banner:not([hidden])')
+    assert 'pairs [y, x]' in page.inner_text('#banner') and positions(page) == kept['positions']
+
+
+def test_the_placement_is_edited_as_text(open_page, model):
+    page = open_page()
+    page.click('summary >> text=The placement as text')
+    page.fill('#text', '[[0.25, 0.5], [0.6, 0.4]]')
+    page.click('#apply')
+    page.wait_for_function("document.querySelector('#count').textContent == '2'")
+    settle(page, predicted(model, [[0.25, 0.5], [0.6, 0.4]]))
+    page.click('#theme')
+    assert page.evaluate('document.documentElement.dataset.theme') == 'dark'
