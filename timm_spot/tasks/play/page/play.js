@@ -181,10 +181,14 @@ function showHistory() {
   $('redo').disabled = !future.length;
 }
 
+let placed = 0;  // counts what was asked for: an answer that another one has overtaken is of no use
+
 async function placeAnew(keep = true) {
   stopSearch();
+  const mine = ++placed;
   const positions = await reach(() => backend.place({
     picture: state.picture.id, prior: state.prior, n_tokens: Number($('budget').value), seed: state.seed}));
+  if (mine !== placed) return;
   if (!positions) return showControls();
   if (keep) remember();
   state.chosen = new Set();
