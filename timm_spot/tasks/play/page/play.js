@@ -101,13 +101,16 @@ function hush() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Pictures
 
+let opened = 0;  // as `placed`
+
 async function show(file, {place = true} = {}) {
   stopSearch();
+  const mine = ++opened;
   const late = setTimeout(() => cover('Reading the picture'), 300);
   const picture = await reach(() => read(file));
   clearTimeout(late);
   cover('');
-  if (!picture) return false;
+  if (!picture || mine !== opened) return false;
   hush();
   const image = new Image();
   image.src = picture.picture;
@@ -571,10 +574,11 @@ $('budget').addEventListener('input', async () => {
   $('count').textContent = $('budget').value;
   if (busy) { more = true; return; }  // the newest wins
   busy = true;
+  if (!sliding) remember();
+  sliding = true;  // one step back undoes all that the slider did while it was held
   do {
     more = false;
-    await placeAnew(!sliding);
-    sliding = true;  // one step back undoes all that the slider did while it was held
+    await placeAnew(false);
   } while (more);
   busy = false;
 });
