@@ -30,6 +30,7 @@ EXPECTED = {
     'study': {'--model', '--weights', '--device'},
     'export': {'--weights', '--n-tokens', '--sampler', '--placer', '--seed'},
     'convert': {'--model'},
+    'play': {'--model', '--weights'},
 }
 
 
