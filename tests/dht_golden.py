@@ -35,7 +35,8 @@ def tokenizer_settings(config: Dict[str, Any]) -> Dict[str, Any]:
 def make_tokenizer(name: str) -> timm_spot.HierarchicalTokenizer:
     """The tokenizer of one file, in eval mode."""
     tensors, config = load(name)
-    weights = {k.removeprefix('weights.').removeprefix('model.'): v for k, v in tensors.items()}
+    weights = {k.removeprefix('weights.').removeprefix('model.'): v for k, v in tensors.items()
+               if k.startswith(('weights.', 'model.'))}
     return timm_spot.HierarchicalTokenizer(**tokenizer_settings(config)).load_authors(weights).eval()
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import warnings
 
@@ -95,3 +96,23 @@ def test_options_that_a_family_has_no_use_for_are_refused_before_weights_load(mo
         common.create_placed_model('dht_vit_small_patch16_in1k', **options)
     with pytest.raises(ValueError, match='dht_vit_small_patch16_in1k is a dHT model, whose tokens are regions that it'):
         common.create_subpixel_model('dht_vit_small_patch16_in1k')
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'latin-1'])
+def test_letters_that_a_locale_lacks_stop_no_command(encoding, monkeypatch):
+    """Names of classes, of weights and in tables, on both streams."""
+    @common.main.command('print-it')
+    def command() -> None:
+        click.echo('\u6a21 \u00b1')
+        click.echo('\u6a21', err=True)
+
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors='strict') for _ in range(2)]
+    monkeypatch.setattr('sys.stdout', streams[0])
+    monkeypatch.setattr('sys.stderr', streams[1])
+    try:
+        common.main(['print-it'], standalone_mode=False)
+    finally:
+        del common.main.commands['print-it']
+    for stream in streams:
+        stream.flush()
+        assert b'\\u6a21' in stream.buffer.getvalue() or '\u6a21'.encode() in stream.buffer.getvalue()

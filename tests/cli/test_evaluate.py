@@ -136,3 +136,11 @@ def test_an_exported_file_stands_in_the_same_tables(folder, saved, tmp_path):
     result = evaluate(folder, saved, tmp_path / 'out', '--model', tmp_path / 'm.onnx', '--samplers', 'isotropic',
                       '--budgets', '4')
     assert '0 rows computed, 2 found' in result.output, result.output
+
+
+def test_one_value_is_given_as_to_other_commands(folder, saved, tmp_path):
+    arguments = ('evaluate', folder, '--model', saved)
+    run(*arguments, '--samplers', 'uniform', '--budgets', '4', '--seeds', '3', '--out', tmp_path / 'list')
+    result = run(*arguments, '--sampler', 'uniform', '--n-tokens', 4, '--seed', 3, '--out', tmp_path / 'one')
+    assert result.exit_code == 0, result.output
+    assert [r.row for r in read_results(tmp_path / 'one')[0]] == [r.row for r in read_results(tmp_path / 'list')[0]]

@@ -26,8 +26,8 @@ EXPECTED = {
              '--amp'},
     'oracle': {'--model', '--weights', '--n-tokens', '--sampler', '--saliency', '--placer', '--seed', '--batch-size',
                '--device', '--amp'},
-    'evaluate': {'--model', '--saliency', '--batch-size', '--device', '--amp'},
-    'study': {'--model', '--weights', '--device'},
+    'evaluate': {'--model', '--n-tokens', '--sampler', '--seed', '--saliency', '--batch-size', '--device', '--amp'},
+    'study': {'--model', '--weights', '--n-tokens', '--device'},
     'export': {'--weights', '--n-tokens', '--sampler', '--placer', '--seed'},
     'convert': {'--model'},
     'play': {'--model', '--weights'},
@@ -44,6 +44,7 @@ def test_an_option_means_the_same_everywhere(name):
     assert {spelling for spelling in found if spelling in MEANINGS} == EXPECTED[name]
     for spelling in EXPECTED[name]:
         meaning, type_ = MEANINGS[spelling], found[spelling].type
+        type_ = type_.item if isinstance(type_, params.Items) else type_  # of a list
         assert type_ is meaning if isinstance(meaning, params.Number) else isinstance(type_, meaning), spelling
 
 

@@ -98,7 +98,3 @@ def test_what_is_there_is_taken(tmp_path):
     assert params.SaliencyName().convert('attention:vit_tiny_patch16_224', None, None).startswith('attention:')
     assert params.OutputFile('.png').convert(tmp_path / 'a.PNG', None, None) == tmp_path / 'a.PNG'
     assert params.OutputFolder().convert(tmp_path / 'new' / 'folder', None, None) == tmp_path / 'new' / 'folder'
-    params.check_overwrite([tmp_path / 'a.png'], False)
-    with pytest.raises(FileExistsError, match='is there already: give --overwrite'):
-        params.check_overwrite([tmp_path / 'a.png', tmp_path], False)
-    params.check_overwrite([tmp_path], True)

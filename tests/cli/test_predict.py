@@ -167,6 +167,16 @@ def test_salient_placements_of_several_pictures(folder, saved, tmp_path, argumen
             assert alone.size == one_of_all.size and alone.tobytes() == one_of_all.tobytes()
 
 
+def test_placements_write_over_nothing_unasked(folder, saved, tmp_path):
+    (tmp_path / 'all-b.png').write_bytes(b'mine')
+    arguments = (folder, '--model', saved, '--save-placement', tmp_path / 'all.png')
+    result = predict(*arguments)
+    assert result.exit_code == 1 and 'all-b.png is there already: give --overwrite' in result.stderr
+    assert not result.stdout and [p.name for p in tmp_path.glob('all*')] == ['all-b.png']
+    result = predict(*arguments, '--overwrite')
+    assert result.exit_code == 0 and (tmp_path / 'all-b.png').read_bytes() != b'mine', result.output
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers, options, mistakes
 

@@ -10,7 +10,7 @@ from dht_golden import load, make_model
 from safetensors.torch import save_file
 
 from timm_spot.models import Regions
-from timm_spot.models.dht_checkpoint import check_finite, checkpoint_filter_fn, find_tensors
+from timm_spot.models.dht_checkpoint import checkpoint_filter_fn
 from timm_spot.ops.regions.features import position_histogram
 
 
@@ -92,25 +92,6 @@ def test_an_authors_checkpoint_without_a_tensor_is_refused(key):
     del weights[key]
     with pytest.raises(ValueError, match=f"lacks '{key}'"):
         checkpoint_filter_fn(weights, timm.create_model('dht_vit_pico_patch8_64', embed_dim=32, depth=2))
-
-
-@pytest.mark.parametrize('content, match', [
-    (None, 'got NoneType'), ([torch.zeros(1)], 'got list'), ({}, 'an empty one'), (dict(model=3), 'got int'),
-    (dict(a=torch.zeros(1), b='x'), "'b' is a str"), ({3: torch.zeros(1)}, '3 is a Tensor')])
-def test_what_holds_no_weights_is_refused(content, match):
-    with pytest.raises(ValueError, match=match):
-        find_tensors(content)
-
-
-def test_weights_are_found_as_timm_finds_them():
-    plain, averaged = torch.zeros(1), torch.ones(1)
-    found = find_tensors(dict(epoch=1, state_dict=dict(a=plain), state_dict_ema={'module.a': averaged}))
-    assert list(found) == ['a'] and found['a'] is averaged
-
-
-def test_weights_that_are_nan_are_refused():
-    with pytest.raises(ValueError, match='NaN or infinity in b'):
-        check_finite(dict(a=torch.zeros(2), b=torch.tensor([0., float('nan')])))
 
 
 @pytest.mark.parametrize('weights, match', [

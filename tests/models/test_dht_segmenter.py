@@ -52,7 +52,7 @@ def test_weights_that_do_not_suit_are_refused(golden):
     del weights['norm.weight']
     with pytest.raises(ValueError, match=r'(?s)do not suit this model.*"norm.weight"'):
         model.load_authors(weights)
-    with pytest.raises(ValueError, match='got NoneType'):
+    with pytest.raises(ValueError, match='state_dict holds a NoneType'):
         model.load_authors(None)
 
 

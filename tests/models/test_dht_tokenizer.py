@@ -218,10 +218,11 @@ def test_wrong_target_and_weights(released):
             ('boost', -1.)):
         with pytest.raises(ValueError, match=f'{name}={value}'):
             released(torch.rand(1, 3, 8, 8), **{name: value})
-    with pytest.raises(ValueError, match='got NoneType'):
-        released.load_authors(None)
+    for wrong, says in ((None, 'a NoneType'), ([torch.zeros(1)], 'a list'), ({}, 'no weights at all')):
+        with pytest.raises(ValueError, match=f'state_dict holds {says}'):
+            released.load_authors(wrong)
     nan = {k: v * float('nan') if v.is_floating_point() else v for k, v in released.state_dict().items()}
-    with pytest.raises(ValueError, match='damaged: NaN'):
+    with pytest.raises(ValueError, match='state_dict holds NaN or infinity in'):
         released.load_authors(nan)
     weights = {k: v for k, v in load('classifier_64x64')[0].items() if k.startswith('model.tokenizer')}
     with pytest.raises(ValueError, match='hid_ch=8'):
@@ -289,3 +290,32 @@ def test_weights_tell_the_rule_that_they_were_made_with(ward, released):
             again = timm_spot.HierarchicalTokenizer(**settings)
             again.load_state_dict(tokenizer.state_dict())
             assert again.merge == tokenizer.merge
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.script')  # torch's own, as forward mode begins
+@pytest.mark.parametrize('transform', [
+    lambda f, x: torch.func.grad(lambda x: f(x).sum())(x), lambda f, x: torch.func.vmap(f)(x[None]),
+    lambda f, x: torch.func.jvp(f, (x,), (x,)), lambda f, x: torch.func.jacrev(f)(x),
+    lambda f, x: torch.func.functionalize(f)(x)], ids=['grad', 'vmap', 'jvp', 'jacrev', 'functionalize'])
+def test_transforms_of_torch_func_are_refused_in_words(transform, released):
+    """They hide the pixels: torch's own errors were of tensors without storage."""
+    with pytest.raises(RuntimeError, match=r'torch\.func .* Take gradients by torch\.autograd\.grad'):
+        transform(lambda x: released(x).injected, torch.rand(1, 3, 16, 16))
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.script')
+def test_forward_mode_is_refused_in_words(released):
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match='forward mode'):
+        released(torch.autograd.forward_ad.make_dual(torch.rand(1, 3, 16, 16), torch.ones(1, 3, 16, 16)))
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')  # of torch.jit
+def test_one_graph_is_refused_in_words(released):
+    images = torch.rand(1, 3, 16, 16)
+    for capture in (
+            lambda: torch.jit.script(torch.nn.Sequential(released)),
+            lambda: torch.export.export(released, (images,), strict=True),
+            lambda: torch.compile(released, fullgraph=True, backend='eager')(images)):
+        with pytest.raises(Exception, match='how many regions an image has depends on its pixels'):
+            capture()
+        torch.compiler.reset()

@@ -149,3 +149,42 @@ def test_penalty_on_the_gradient_to_positions_trains_the_weights():
     # The gradient to float32 positions is rounded to float32.
     assert (values[0] - values[1]) / 2e-4 == pytest.approx(analytic.abs().max().item() * analytic.flatten()[
         analytic.flatten().abs().argmax()].sign().item(), rel=1e-2)
+
+
+FORWARD = 'no derivatives in forward mode .* take those in reverse'
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.script')  # torch's own, as forward mode begins
+@pytest.mark.parametrize('options', [{}, dict(convention='spot'), dict(spacing=1.5)], ids=['patch', 'spot', 'sized'])
+@pytest.mark.parametrize('way', [
+    lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    lambda f, x: torch.func.jacfwd(f)(x),
+    lambda f, x: torch.func.hessian(lambda x: f(x).sum())(x),
+    lambda f, x: torch.func.linearize(f, x),
+    lambda f, x: dual(f, x),
+], ids=['jvp', 'jacfwd', 'hessian', 'linearize', 'forward_ad'])
+def test_forward_mode_is_refused(way, options):
+    """Torch names a function of its own, or one of ours, and no remedy."""
+    images, positions = example()
+    for derive, f in ((images, lambda x: sample_windows(x, positions, 3, **options)),
+                      (positions, lambda p: sample_windows(images, p, 3, **options))):
+        with pytest.raises(RuntimeError, match=FORWARD):
+            way(f, derive)
+
+
+def dual(f, x):
+    with torch.autograd.forward_ad.dual_level():
+        return f(torch.autograd.forward_ad.make_dual(x, x))
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.script')
+def test_forward_mode_to_what_comes_after_the_windows_is_right():
+    images, positions = example()
+    weights = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def f(w):
+        return sample_windows(images, positions, 3) * w
+
+    out, tangent = torch.func.jvp(f, (weights,), (torch.ones_like(weights),))
+    torch.testing.assert_close(out, f(weights))
+    torch.testing.assert_close(tangent, sample_windows(images, positions, 3))

@@ -21,6 +21,7 @@ from timm_spot.tasks.kept import (
     KeptParts,
     check_key,
     check_output,
+    check_overwrite,
     lock_output,
     plain_key,
     remove_leftovers,
@@ -353,3 +354,10 @@ def test_digests_tell_models_apart():
     with torch.no_grad():
         elsewhere.head.weight[0, 0] += 1
     assert weights_digest(elsewhere) != weights_digest(plain)
+
+
+def test_what_is_there_is_written_over_only_where_asked(tmp_path):
+    check_overwrite([tmp_path / 'a.png'], False)
+    with pytest.raises(FileExistsError, match='is there already: give --overwrite'):
+        check_overwrite([tmp_path / 'a.png', tmp_path], False)
+    check_overwrite([tmp_path], True)

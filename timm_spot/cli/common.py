@@ -1,9 +1,11 @@
 """What the sub-commands share: the group, models by name, errors in one line."""
 from __future__ import annotations
 
+import sys
 import traceback
 import warnings
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Any, Callable, Iterator
 
 import click
@@ -25,6 +27,9 @@ from .params import check_model_name, is_onnx, told
 def main(ctx: click.Context) -> None:
     """Vision Transformers off the grid."""
     ctx.call_on_close(_show_warnings_in_one_line())
+    for stream in (sys.stdout, sys.stderr):  # in a locale without UTF-8 a letter it lacks is no reason to stop
+        if isinstance(stream, TextIOWrapper) and stream.errors == 'strict':
+            stream.reconfigure(errors='backslashreplace')
 
 
 def _show_warnings_in_one_line() -> Callable[[], None]:

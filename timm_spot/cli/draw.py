@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..tasks.drawing.kinds import KINDS, PRIOR_TOKENS, Settings, Subject
+from ..tasks.kept import check_overwrite
 from ..tasks.pictures.files import printable
 from ..tasks.pictures.images import model_transform, read_picture
 from ..tasks.predict import looks_foreign, reads_digits
@@ -28,7 +29,7 @@ from .options import (
     seed_option,
     weights_option,
 )
-from .params import POSITIVE, SHARE, STEPS, KindName, OutputFile, ScorerName, check_overwrite
+from .params import POSITIVE, SHARE, STEPS, KindName, OutputFile, ScorerName
 
 _HELP = '\n'.join([
     'Draw IMAGE, as the model takes it, with its tokens.',

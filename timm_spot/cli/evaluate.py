@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from torch import nn
 
+from ..tasks.pictures.files import printable
 from .common import clean_errors, create_any_model, create_subpixel_model, main
 from .options import (
     DEFAULT_MODEL,
@@ -47,24 +48,27 @@ _DEFAULT_SPARSE_MODEL = f'relevance_{DEFAULT_MODEL}'
     show_default=f'{DEFAULT_MODEL}; with the scorer relevance {_DEFAULT_SPARSE_MODEL}',
     help='Any timm model: name, hf-hub:ID, local-dir:PATH, a folder with a config.json, or a .onnx that `export` '
          'wrote, which is evaluated with its own placement; several with several --model.')
-@click.option('--samplers', type=Items(SamplerName()), default='grid,uniform,gaussian,sobol,isotropic,center,salient',
-              show_default=True)
-@click.option('--budgets', type=Items(BUDGET), default='', show_default='25,49,100,196; for digits 9,25,49,64')
+@click.option('--samplers', '--sampler', 'samplers', type=Items(SamplerName()), show_default=True,
+              default='grid,uniform,gaussian,sobol,isotropic,center,salient')
+@click.option('--budgets', '--n-tokens', 'budgets', type=Items(BUDGET), default='',
+              show_default='25,49,100,196; for digits 9,25,49,64')
 @click.option('--oracle', type=SamplerName(), metavar='SAMPLER',
               help='Also search by gradient from this start; it sees the labels.')
 @click.option('--knn', 'train', metavar='TRAIN_DATA', help='Also classify by nearest neighbours in this data set.')
 @click.option('--knn-k', type=COUNT, default=20, show_default=True)
 @click.option('--knn-temperature', type=POSITIVE, default=0.07, show_default=True)
 @click.option('--baselines', type=Items(click.STRING), default='', help='Any of patch-drop,low-res,top-k.')
-@click.option('--scorers', type=Items(click.STRING), default='', help='Also drop tokens by any of relevance (of a '
-              'model with trained predictors), cls-attention, received-attention, norm, random; merge merges them.')
-@click.option('--keep-rates', type=Items(SHARE), default='', show_default='1,0.9,0.7,0.5',
+@click.option('--scorers', '--scorer', 'scorers', type=Items(click.STRING), default='',
+              help='Also drop tokens by any of relevance (of a model with trained predictors), cls-attention, '
+                   'received-attention, norm, random; merge merges them.')
+@click.option('--keep-rates', '--keep-rate', 'keep_rates', type=Items(SHARE), default='', show_default='1,0.9,0.7,0.5',
               help='Shares of the tokens that each stage keeps.')
 @click.option('--flops', type=Items(SHARE), default='',
               help="Shares of the dense model's multiply-adds: the keep rate, or how many to merge, is found for each.")
-@click.option('--coverages', type=Items(COVERAGE), default='', show_default='that of each model',
+@click.option('--coverages', '--coverage', 'coverages', type=Items(COVERAGE), default='',
+              show_default='that of each model',
               help='How much of its cell a window covers, from 0 (a pixel a sample) to 1 (windows tile the picture).')
-@click.option('--seeds', type=Items(SEED), default='0', show_default=True,
+@click.option('--seeds', '--seed', 'seeds', type=Items(SEED), default='0', show_default=True,
               help='For placements and tokens that are drawn.')
 @click.option('--saliency', type=SaliencyName(), metavar='spectral|energy|self|attention:NAME|FOLDER',
               default='spectral', show_default=True, help='Maps for the salient samplers.')
@@ -113,7 +117,8 @@ def evaluate(data: str, names: tuple[str, ...], device: str, out: Path, **given:
     for message in (*(f'skipped: {m}' for m in broken), *(f'warning: {m}' for m in problems)):
         click.secho(message, fg='yellow', err=True)
     click.echo((out / 'results.md').read_text(encoding='utf-8'))
-    click.echo(f'{len(missing)} rows computed, {len(planned) - len(missing)} found; report: {out / "report.html"}')
+    report = printable(out / 'report.html')
+    click.echo(f'{len(missing)} rows computed, {len(planned) - len(missing)} found; report: {report}')
 
 
 def _request(
@@ -146,7 +151,8 @@ def _request(
          '--model.')
 @click.option('--weights', type=InputFile(), multiple=True,
               help='Also study the model with these weights (recipes/train_digits.py --seed 1 makes some).')
-@click.option('--budgets', type=Items(BUDGET), default='', show_default='25,49,100; for digits 9,16,25')
+@click.option('--budgets', '--n-tokens', 'budgets', type=Items(BUDGET), default='',
+              show_default='25,49,100; for digits 9,16,25')
 @click.option('--images', type=Number(int, 2, 1_000_000), default=359, show_default=True,
               help='Canvases, one of each held-out digit; or pictures, spread evenly over DATA.')
 @class_map_option

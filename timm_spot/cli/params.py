@@ -302,10 +302,3 @@ def check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
     """Raise ValueError unless a file's name ends in one of the suffixes, if any are given."""
     if suffixes and path.suffix.lower() not in suffixes:
         raise ValueError(f'{path} must end in {" or ".join(map(repr, suffixes))}.')
-
-
-def check_overwrite(paths: list[Path], overwrite: bool) -> None:
-    """Raise FileExistsError where a file is there already, unless it may be overwritten."""
-    for path in paths:
-        if path.exists() and not overwrite:
-            raise FileExistsError(f'{path} is there already: give --overwrite, or another --out.')

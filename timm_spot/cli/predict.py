@@ -14,6 +14,7 @@ from ..tasks import predict as prediction
 from ..tasks.drawing.figure import check_figure
 from ..tasks.drawing.kinds import KINDS, Settings, Subject
 from ..tasks.evaluation.families import name_patterns
+from ..tasks.kept import check_overwrite
 from ..tasks.pictures.datasets import Pictures
 from ..tasks.pictures.files import printable
 from ..tasks.pictures.images import model_transform
@@ -34,6 +35,7 @@ from .options import (
     device_option,
     model_option,
     n_tokens_option,
+    overwrite_option,
     placer_option,
     saliency_option,
     sampler_option,
@@ -62,11 +64,13 @@ from .progress import show_progress
 @batch_size_option()
 @device_option
 @amp_option
+@overwrite_option
 def predict(
         images: tuple[str, ...],
         name: str,
         as_json: bool,
         save_placement: Path | None,
+        overwrite: bool,
         **given: Any,
 ) -> None:
     """Print the most probable classes of IMAGES (files, folders, tars, globs, or a data set by name).
@@ -79,6 +83,8 @@ def predict(
             save_placement = save_placement if save_placement.suffix else save_placement.with_suffix('.png')
             check_figure(save_placement)
         pictures = Pictures(images)
+        if save_placement is not None:
+            check_overwrite(_picture_paths(save_placement, pictures), overwrite)
         broken, results = list(pictures.broken), []
         if len(pictures) or pictures.is_stream:
             results = _predict(pictures, broken, name, save_placement, **given)
@@ -134,6 +140,13 @@ def _placement_drawer(model: nn.Module, path: Path, several: bool) -> Callable[[
         kind.write(subject, Settings(), _picture_path(path, file, several, used))
 
     return draw
+
+
+def _picture_paths(path: Path, pictures: Pictures) -> list[Path]:
+    """Where the placements of all pictures may go; of a stream, whose names none knows, nothing."""
+    used: set[str] = set()
+    count = 0 if pictures.is_stream else len(pictures)
+    return [_picture_path(path, pictures.name(i), count != 1, used) for i in range(count)]
 
 
 def _picture_path(path: Path, file: str, several: bool, used: set[str]) -> Path:

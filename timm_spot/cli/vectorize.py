@@ -7,14 +7,14 @@ from pathlib import Path
 import click
 from PIL import Image
 
-from ..tasks.kept import write_whole
+from ..tasks.kept import check_overwrite, write_whole
 from ..tasks.pictures.datasets import Pictures
 from ..tasks.pictures.files import printable
 from ..tasks.pictures.images import PictureError
 from ..tasks.vectors.vectorize import MODES, Detail, picture_to_svg
 from .common import clean_errors, main, report_broken
 from .options import overwrite_option
-from .params import COUNT, POSITIVE, OutputFolder, check_overwrite
+from .params import COUNT, POSITIVE, OutputFolder
 
 
 @main.command()

@@ -6,9 +6,11 @@ from typing import Any
 
 import click
 
+from ..tasks.pictures.files import printable
 from .common import clean_errors, create_subpixel_model, main
 from .options import (
     coverage_option,
+    overwrite_option,
     placer_option,
     sampler_option,
     seed_option,
@@ -56,9 +58,11 @@ def convert(source: str, dest: Path, model: str | None) -> None:
               'default the other half of --calibrate.')
 @click.option('--force', is_flag=True, help='Keep a file that loses more than 0.5 points, or without labels answers '
               'otherwise on more than 3 % of the pictures.')
+@overwrite_option
 def export(
         name: str,
         out: Path,
+        overwrite: bool,
         positions_as_input: bool,
         uint8: bool,
         int8: bool,
@@ -77,6 +81,7 @@ def export(
     """
     from ..tasks.deploy.onnx_export import OnnxOptions
     from ..tasks.evaluation.ways import image_size
+    from ..tasks.kept import check_overwrite
     from ..tasks.publishing.export import export_with
 
     with clean_errors():
@@ -84,11 +89,13 @@ def export(
             raise ValueError('--int8 and --fp16 are two files: give one of them.')
         precision = 'int8' if int8 else 'float16' if fp16 else 'float32'
         options = OnnxOptions(positions_as_input, n_tokens, uint8, precision, calibrate, verify, force)
+        check_overwrite([out], overwrite)
         model = create_subpixel_model(name, **placement)
         if image_size(model) != tuple(model.patch_embed.img_size):  # the size at which the other commands run it
             model.set_input_size(image_size(model))
-        difference, fidelity = export_with(model, out, options)
-    click.echo(f'{out} ({out.stat().st_size / 1e6:.1f} MB), largest difference to the model {difference:.1g}')
+        difference, fidelity = export_with(model, out, options, overwrite)
+    size = out.stat().st_size / 1e6
+    click.echo(f'{printable(out)} ({size:.1f} MB), largest difference to the model {difference:.1g}')
     if fidelity is not None:
         click.echo(str(fidelity))
 

@@ -7,12 +7,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_patch_embed
-from timm.models import clean_state_dict
 from torch import nn
 
 from ..ops.regions.features import fit_histogram_weights
@@ -32,35 +30,6 @@ _AUTHORS_NAMES = (
 _AUTHORS_HANDLED = ('embedder.proj.weight', 'embedder.cls_token', 'tokenizer.gradient.kernel')
 _AUTHORS_NEEDED = ('embedder.cls_token', 'extractor.pixel_mask_token')
 BY_WARD = 'by_ward'  # among a tokenizer's weights where it merges by Ward's criterion
-_ENTRIES = ('state_dict_ema', 'model_ema', 'state_dict', 'model')  # of training checkpoints, in timm's order
-
-
-def find_tensors(content: Any) -> StateDict:
-    """The state dict in what a checkpoint file holds, as timm's loader finds it.
-
-    Raises:
-        ValueError: There is none.
-    """
-    if isinstance(content, dict):
-        entry = next((name for name in _ENTRIES if content.get(name) is not None), None)
-        content = content if entry is None else content[entry]
-    if not isinstance(content, dict) or not content:
-        raise ValueError(
-            'the weights must be a state dict, names and tensors, as torch.load(..., weights_only=True) or '
-            f'safetensors.torch.load_file give it, got {"an empty one" if content == {} else type(content).__name__}.')
-    strange = [k for k, v in content.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))]
-    if strange:
-        raise ValueError(
-            f'the weights must be names and tensors, {strange[0]!r} is a {type(content[strange[0]]).__name__}.')
-    return clean_state_dict(content)
-
-
-def check_finite(state_dict: StateDict) -> StateDict:
-    """Raise ValueError where weights are NaN or infinite; returns them."""
-    damaged = [name for name, value in state_dict.items() if not value.isfinite().all()]
-    if damaged:
-        raise ValueError(f'the weights are damaged: NaN or infinity in {", ".join(damaged[:5])}.')
-    return state_dict
 
 
 def _is_vit(keys: Iterable[str]) -> bool:

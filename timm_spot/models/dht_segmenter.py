@@ -9,7 +9,8 @@ from timm.layers import Mlp
 from torch import nn
 
 from ..ops.regions.loss import image_area_loss, token_focal_loss, token_targets
-from .dht_checkpoint import check_finite, checkpoint_filter_fn, find_tensors
+from .checkpoint_file import find_tensors
+from .dht_checkpoint import checkpoint_filter_fn
 from .dht_vit import DhtVisionTransformer, TokenFeatures
 
 
@@ -56,7 +57,7 @@ class DhtSegmenter(nn.Module):
         Raises:
             ValueError: The weights are damaged or do not suit this model; names what does not.
         """
-        state_dict = check_finite(find_tensors(state_dict))
+        state_dict = find_tensors(state_dict, 'state_dict')[0]
         own = {k: v for k, v in state_dict.items() if k.startswith(('norm.', 'head.'))}
         rest = checkpoint_filter_fn({k: v for k, v in state_dict.items() if k not in own}, self.backbone)
         try:

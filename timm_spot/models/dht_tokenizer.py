@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 from numbers import Integral
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
+from ..ops.bilinear import transformed
 from ..ops.regions.budget import Tokens, merge_to_budget
 from ..ops.regions.criteria import check_criterion
 from ..ops.regions.features import inject_means, scharr_gradient
@@ -21,11 +23,16 @@ from ..ops.regions.graph import sum_groups
 from ..ops.regions.hierarchy import Hierarchy, Pieces, build_hierarchy
 from ..ops.regions.vertices import vertices_for_budget
 from ..ops.regions.ward import merge_by_ward
-from .dht_checkpoint import BY_WARD, check_finite, find_tensors
+from .checkpoint_file import find_tensors
+from .dht_checkpoint import BY_WARD
 from .dht_layers import GradientActivation, PixelFeatures, RowwiseLinear
 
 _GRADIENT_KERNEL = 'gradient.kernel'  # a constant among the released keys
 _MERGES = ('keepers', 'ward')
+NOT_CAPTURED = (
+    'a model whose tokens are regions cannot be traced or exported (torch.jit, torch.export, torch.fx, ONNX), nor '
+    'compiled to one graph: how many regions an image has depends on its pixels. Run it in Python; torch.compile works '
+    'without fullgraph=True.')
 # Variance of a normalised pixel, rounded to 8 bits: no two regions are known to be nearer than that.
 _ROUNDING = 3 * (1 / 255 / 0.226) ** 2 / 12
 
@@ -171,7 +178,7 @@ class HierarchicalTokenizer(nn.Module):
         Raises:
             ValueError: The weights do not suit this tokenizer; names what does not.
         """
-        state_dict = check_finite(find_tensors(state_dict))
+        state_dict = find_tensors(state_dict, 'state_dict')[0]
         prefix = 'tokenizer.'
         if any(k.startswith(prefix) for k in state_dict):
             state_dict = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
@@ -192,6 +199,10 @@ class HierarchicalTokenizer(nn.Module):
         # Of any tensor: a wrapper or a quantisation may have put another module in the place of each layer.
         dtypes = {t.dtype for t in chain(self.parameters(), self.buffers())}
         return torch.float64 if torch.float64 in dtypes else torch.float32
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks for first."""
+        raise RuntimeError(NOT_CAPTURED)
 
     def default_target(self, height: int, width: int) -> int:
         """Budget of an image unless given."""
@@ -291,11 +302,16 @@ def check_region_images(images: torch.Tensor) -> None:
     Raises:
         RuntimeError: There are no pixels to look at, as the model is being traced or exported.
     """
+    if torch.compiler.is_dynamo_compiling():
+        torch._dynamo.graph_break(msg=NOT_CAPTURED)  # a reason, where graphs may not break
+    if transformed() or forward_ad._current_level >= 0:
+        raise RuntimeError(
+            'transforms of torch.func (grad, vmap, jvp ...) and forward mode do not reach a model whose tokens are '
+            'regions: they hide the pixels from which regions follow. Take gradients by torch.autograd.grad or '
+            'backward(); write a loop over images or models in the place of vmap.')
     is_exporting = getattr(torch.compiler, 'is_exporting', bool)  # torch 2.6 has none
     if torch.jit.is_tracing() or is_exporting() or isinstance(images, torch.fx.Proxy):
-        raise RuntimeError(
-            'a model whose tokens are regions cannot be traced or exported (torch.jit, torch.export, torch.fx, ONNX): '
-            'how many regions an image has depends on its pixels. Run it in Python; torch.compile works.')
+        raise RuntimeError(NOT_CAPTURED)
     if not isinstance(images, torch.Tensor):
         raise TypeError(f'images must be a tensor of shape (B, 3, H, W), got {type(images).__name__}.')
     if images.is_meta:

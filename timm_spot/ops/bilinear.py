@@ -10,12 +10,32 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 
 def transformed() -> bool:
     """Whether a transform of torch.func (vmap, grad, jvp) is at work, under which a tensor's values cannot be seen."""
     # The question that autograd.Function itself asks.
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def check_derivatives(*tensors: torch.Tensor | None) -> None:
+    """Raise RuntimeError where one of these carries a tangent: windows have no derivatives in forward mode."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    functorch = torch._C._functorch
+    stack = functorch.get_interpreter_stack() or ()
+    forward = {one.level() for one in stack if one.key() == functorch.TransformType.Jvp}
+    for t in tensors:
+        inside = t
+        while inside is not None:
+            # That of another transform's tensor (hessian, say) cannot be looked at.
+            hidden = inside is not t and functorch.maybe_get_level(inside) in forward
+            if hidden or forward_ad.unpack_dual(inside).tangent is not None:  # type: ignore[no-untyped-call]
+                raise RuntimeError(
+                    'windows have no derivatives in forward mode (torch.func.jvp, jacfwd, hessian, linearize, '
+                    'forward_ad): take those in reverse (torch.func.vjp, jacrev, grad).')
+            inside = functorch.get_unwrapped(inside) if functorch.is_functorch_wrapped_tensor(inside) else None
 
 
 def read_lattice(images: torch.Tensor, y: torch.Tensor, x: torch.Tensor, **options: Any) -> torch.Tensor:

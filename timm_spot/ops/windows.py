@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .bilinear import patch_windows, read_lattice, symmetric_windows, transformed
+from .bilinear import check_derivatives, patch_windows, read_lattice, symmetric_windows, transformed
 from .pyramid import level_count, levels_between, sized_windows
 
 CONVENTIONS = ('patch', 'spot')
@@ -139,6 +139,7 @@ def read_windows(
         spacing: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`sample_windows` without its checks: positions and spacing (B, N, 2), any convention but 'spot' is 'patch'."""
+    check_derivatives(images, positions, spacing)
     if spacing is not None:
         return _read_sized(images, positions, spacing, window)
     dtype = torch.promote_types(images.dtype, torch.float32)

@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,14 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
+
+
+def check_overwrite(paths: Iterable[Path], overwrite: bool) -> None:
+    """Raise FileExistsError where one of the files is there, unless they may be written over."""
+    for path in paths:
+        if not overwrite and path.exists():
+            raise FileExistsError(
+                f'{path} is there already: give --overwrite (from Python overwrite=True), or another name.')
 
 
 def check_output(path: str | Path) -> None:

@@ -69,6 +69,22 @@ def test_a_stopped_image_keeps_its_vertices():
         together.levels[-1].features[:, mine], alone.levels[-1].features, atol=0, rtol=0)
 
 
+@torch.no_grad()
+def test_a_stopped_image_keeps_its_variances():
+    """They tell a vertex's similarity to itself, and a region's criterion: both are what they are alone."""
+    tokenizer = make_tokenizer('random_64x64')
+    rough = load('random_64x64')[0]['pixel_features'].permute(0, 3, 1, 2)[:1]
+    tokenizer.min_avg_region = 40
+    smooth = rough.cumsum(2).cumsum(3) / 100.  # merges faster, and stops first
+    together, alone = tokenizer.build(torch.cat([smooth, rough])), tokenizer.build(smooth)
+    assert len(together.levels) > len(alone.levels) and alone.levels[-1].variances.any()
+    for level in together.levels[len(alone.levels) - 1:]:
+        mine = level.image == 0
+        assert mine.sum() == len(alone.levels[-1].sizes)
+        torch.testing.assert_close(level.variances[:, mine], alone.levels[-1].variances, atol=0, rtol=0)
+        torch.testing.assert_close(level.sizes[mine], alone.levels[-1].sizes, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize('shape, pieces', [
     # One region where -(ln 5 + penalty of m pixels without variance) >= -sqrt(m): -2.34 and -2 at four pixels, -2.08
     # and -2.24 at five.

@@ -119,3 +119,22 @@ def test_a_name_that_is_no_utf_8_can_be_written(folder, pico):
     planned = plan_rows({'a\udcffb\nc': pico}, Pictures(str(folder)), Request(samplers=('grid',), budgets=(4,)))
     assert planned[0].row.model == 'a\\udcffb\\nc'
     planned[0].row.model.encode()
+
+
+def test_neighbours_of_other_classes_are_refused(folder, pico, tmp_path):
+    for label in range(10):
+        (tmp_path / 'bank' / f'x{label}').mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / 'bank' / f'x{label}' / '0.png')
+    with pytest.raises(ValueError, match=r"number 0 is '0' and 'x0'.*labels would be wrong"):
+        plan(pico, folder, samplers=('grid',), budgets=(4,), knn=Knn(Pictures(str(tmp_path / 'bank')), k=1))
+
+
+def test_weights_of_an_attention_saliency_are_part_of_the_key(folder, pico, tmp_path):
+    seen = set()
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        vit = timm.create_model('vit_tiny_patch16_224', depth=1, img_size=32, embed_dim=12, num_heads=1, num_classes=2)
+        timm.models.save_for_hf(vit, tmp_path / 'vit', model_args=dict(depth=1, img_size=32, embed_dim=12, num_heads=1))
+        seen.add(plan(
+            pico, folder, samplers=('salient',), budgets=(4,), saliency=f'attention:local-dir:{tmp_path}/vit')[0].row)
+    assert len(seen) == 2

@@ -7,7 +7,13 @@ import timm
 from picture_files import noise
 from timm.data import ImageNetInfo
 
-from timm_spot.tasks.pictures.classes import check_classes, class_mismatch, label_names, load_class_map
+from timm_spot.tasks.pictures.classes import (
+    check_classes,
+    check_same_classes,
+    class_mismatch,
+    label_names,
+    load_class_map,
+)
 from timm_spot.tasks.pictures.datasets import Pictures
 
 WORDS = ['zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine']
@@ -114,6 +120,21 @@ def test_a_model_of_other_channels_is_refused_before_any_work(tmp_path):
     with pytest.raises(ValueError, match=r'spot_vit_pico_patch8_64 reads images of 4 channels'):
         check_classes(
             Pictures(write(tmp_path, '0123456789')), timm.create_model('spot_vit_pico_patch8_64', in_chans=4))
+
+
+def test_neighbours_of_other_classes_are_an_error():
+    """Labels were compared by their numbers alone."""
+    data = listed(['ant', 'bee', 'cat'], is_named=False)
+    check_same_classes(data, data)
+    check_same_classes(listed(['ant', 'bee'], is_named=False), data)  # one has no pictures
+    for other in (['bee', 'ant', 'cat'], ['ant', 'cat'], ['ant', 'bee', 'dog'], ['ant', 'bee']):
+        with pytest.raises(ValueError, match=r'has the classes ant, bee, cat, data, .*: labels would be wrong'):
+            check_same_classes(data, listed(other, is_named=False))
+    check_same_classes(data, listed([]))  # one side has no names
+    check_same_classes(listed(['Ant', 'honey_bee, bee', 'cat']), listed(['ant', 'bee', 'cat']))
+    unlabelled = SimpleNamespace(**{**vars(data), 'has_labels': False})
+    with pytest.raises(ValueError, match='data has no labels'):
+        check_same_classes(data, unlabelled)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def test_a_file_that_answers_differently_is_an_error(model, tmp_path, monkeypatc
         'timm_spot.tasks.publishing.export._read_program', lambda path: lambda images: model(images) + 1e-3)
     (tmp_path / 'model.pt2').write_bytes(b'an older one')
     with pytest.raises(RuntimeError, match=r'model\.pt2 was written, but its logits differ .* by 0\.001\. Nothing was'):
-        timm_spot.export_model(model, tmp_path / 'model.pt2')
+        timm_spot.export_model(model, tmp_path / 'model.pt2', overwrite=True)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [('model.pt2', b'an older one')]
 
 
@@ -139,3 +139,24 @@ def test_command(tmp_path):
     torch.testing.assert_close(torch.export.load(out).module()(images), digits(images), rtol=0, atol=1e-4)
     result = CliRunner().invoke(main, ['export', 'spot_vit_pico_patch8_64', str(tmp_path / 'digits.pth')])
     assert result.exit_code == 1 and "must end in '.onnx' or '.pt2'" in result.output
+
+
+@pytest.mark.parametrize('name', ['model.pt2', 'model.onnx'])
+def test_nothing_is_written_over_unasked(model, tmp_path, name, monkeypatch):
+    path = tmp_path / name
+    path.write_bytes(b'an older one')
+    with monkeypatch.context() as patch:
+        patch.setattr('torch.export.export', None)  # refused before any work
+        with pytest.raises(FileExistsError, match=r'is there already: give --overwrite \(from Python overwrite=True\)'):
+            timm_spot.export_model(model, path)
+        result = CliRunner().invoke(main, ['export', 'spot_vit_pico_patch8_64', str(path)])
+        assert result.exit_code == 1 and 'is there already: give --overwrite' in result.output
+    assert path.read_bytes() == b'an older one'
+    assert timm_spot.export_model(model, path, overwrite=True) < 1e-4
+    assert path.read_bytes() != b'an older one'
+
+
+@pytest.mark.parametrize('name', ['m\u00f6del \u6a21.pt2', 'caf\udce9.pt2', 'new\nline.pt2'])
+def test_names_of_every_kind(model, tmp_path, name):
+    assert timm_spot.export_model(model, tmp_path / name) < 1e-4
+    assert [p.name for p in tmp_path.iterdir()] == [name]

@@ -103,3 +103,13 @@ def test_starts_with_sizes_are_refused_under_one_size(pictures):
 def test_an_objective_that_is_a_function_has_no_key(pictures):
     with pytest.raises(TypeError, match='must be a name'):
         plan(make_model(), pictures, objective=lambda logits: logits.sum(dim=1))
+
+
+def test_a_key_holds_the_weights_of_an_attention_saliency(pictures, tmp_path):
+    keys = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        vit = timm.create_model('vit_tiny_patch16_224', depth=1, img_size=32, embed_dim=12, num_heads=1, num_classes=2)
+        timm.models.save_for_hf(vit, tmp_path / 'vit', model_args=dict(depth=1, img_size=32, embed_dim=12, num_heads=1))
+        keys.append(plan(make_model(), pictures, 'salient', f'attention:local-dir:{tmp_path}/vit').key())
+    assert keys[0] == keys[1] and {k for k in keys[0] if keys[0][k] != keys[2][k]} == {'saliency'}

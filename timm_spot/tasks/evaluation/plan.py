@@ -1,6 +1,7 @@
 """Which rows an evaluation has; everything that can be refused is refused here, before any work."""
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from torch import nn
 from ...ops.samplers import check_n_tokens, get_sampler
 from ...ops.sizes import check_coverage
 from ..kept import weights_digest
+from ..pictures.classes import check_same_classes
 from ..pictures.datasets import Pictures, check_classes
+from ..pictures.saliency_maps import attention_model
 from .families import family_of
 from .prunings import check_prunings
 from .request import Knn, Request
@@ -51,7 +54,8 @@ def plan_rows(models: Dict[str, nn.Module], pictures: Pictures, request: Request
     Raises:
         ValueError: Something unknown or out of range, or that a model or its image size does not allow.
     """
-    _check(models, request)
+    _check(models, pictures, request)
+    digest_maps = functools.cache(_digest_maps)
     planned: Dict[Row, PlannedRow] = {}
     for name, model in models.items():
         check_classes(pictures, model)
@@ -65,12 +69,18 @@ def plan_rows(models: Dict[str, nn.Module], pictures: Pictures, request: Request
             data=_printable(pictures.source), data_sha=pictures.digest(), split=_printable(request.split),
             model=_printable(name), weights=weights_digest(model)[:12], amp=request.amp or '')
         for way in family_of(model).ways(model, request):
-            one = _plan(common, model, way, request)
+            one = _plan(common, model, way, request, digest_maps(way.saliency))
             planned.setdefault(one.row, one)
     return list(planned.values())
 
 
-def _plan(common: Dict[str, str], model: nn.Module, way: Way, request: Request) -> PlannedRow:
+def _plan(
+        common: Dict[str, str],
+        model: nn.Module,
+        way: Way,
+        request: Request,
+        maps: Optional[str],
+) -> PlannedRow:
     seeds = tuple(dict.fromkeys(request.seeds)) if way.stochastic else (0,)
     pruning = way.pruning
     dropped: Dict[str, Any] = {}
@@ -81,11 +91,11 @@ def _plan(common: Dict[str, str], model: nn.Module, way: Way, request: Request) 
     row = Row(
         kind=way.kind, sampler=_printable(way.sampler), n_tokens=way.n_tokens, seeds=seeds if way.stochastic else (),
         saliency=_printable(way.saliency), knn=_printable(request.knn.key) if request.knn and way.has_knn else '',
-        settings=_settings(model, way), coverage=way.coverage or None, **common, **dropped)
+        settings=_settings(model, maps), coverage=way.coverage or None, **common, **dropped)
     return PlannedRow(row, pruning.model if pruning else model, way, seeds)
 
 
-def _check(models: Dict[str, nn.Module], request: Request) -> None:
+def _check(models: Dict[str, nn.Module], pictures: Pictures, request: Request) -> None:
     unknown = [name for name in request.baselines if name not in BASELINES]
     if unknown:
         raise ValueError(
@@ -104,6 +114,7 @@ def _check(models: Dict[str, nn.Module], request: Request) -> None:
     check_prunings(models, request.scorers, request.keep_rates, request.flops)
     if request.knn is not None:
         _check_knn(request.knn)
+        check_same_classes(pictures, request.knn.train)
 
 
 def _check_knn(knn: Knn) -> None:
@@ -113,12 +124,12 @@ def _check_knn(knn: Knn) -> None:
         raise ValueError(f'k={knn.k} must lie between 1 and the {len(knn.train)} images of the bank.')
 
 
-def _settings(model: nn.Module, way: Way) -> str:
+def _settings(model: nn.Module, maps: Optional[str]) -> str:
     """Digest of what determines a row beside what its columns say."""
     config, arguments = resolve_model_data_config(model), get_model_args(model)
     said = dict(
         model=type(model).__name__, config=config, arguments=arguments,
-        convention=getattr(getattr(model, 'patch_embed', None), 'convention', ''), maps=_digest_maps(way.saliency))
+        convention=getattr(getattr(model, 'patch_embed', None), 'convention', ''), maps=maps)
     text = json.dumps(said, sort_keys=True, default=_name)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -129,7 +140,10 @@ def _name(value: Any) -> str:
 
 
 def _digest_maps(source: str) -> Optional[str]:
-    """Names, sizes and times of change of a folder of maps; of other sources the name says it all."""
+    """Names, sizes and times of change of a folder of maps, weights of a ViT; else the name says it all."""
+    vit = attention_model(source)
+    if vit is not None:
+        return weights_digest(vit)
     folder = Path(source)
     if not source or not folder.is_dir():
         return None

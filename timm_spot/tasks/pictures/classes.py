@@ -111,6 +111,30 @@ def class_mismatch(pictures: Labelled, model: nn.Module) -> str:
             f'{names[wrong[0]]!r} and {wanted[wrong[0]]!r}): {remedy}')
 
 
+def check_same_classes(pictures: Labelled, train: Labelled) -> None:
+    """Check that labels of a data set and of that of its neighbours mean the same, as far as both say.
+
+    Raises:
+        ValueError: They do not, or the second has no labels.
+    """
+    source, bank = printable(pictures.source), printable(train.source)
+    if not train.has_labels:
+        raise ValueError(f'{bank} has no labels: its pictures lie in no folders that name their classes.')
+    found, theirs = ({i: name for name, i in one.class_to_idx.items()} for one in (pictures, train))
+    if not found or not theirs:
+        return
+    freely = pictures.is_named or train.is_named
+    numbers = range(max(found) + 1)
+    wrong = _differing([found.get(i, '') for i in numbers], [theirs.get(i, '') for i in numbers], freely)
+    if wrong:
+        i = wrong[0]
+        raise ValueError(
+            f'{source} has the classes {_shorten(list(pictures.class_to_idx))}, {bank}, in which neighbours are looked '
+            f'for, has {_shorten(list(train.class_to_idx))} (number {i} is {found.get(i, "")!r} and '
+            f'{theirs.get(i, "")!r}): labels would be wrong. Both need the same folders; or give --class-map, a .txt '
+            'with the names of all folders, one a line.')
+
+
 def _imagenet_names(model: nn.Module, found: Sequence[str]) -> list[str]:
     """Names of an ImageNet's classes as a data set writes them, synsets or descriptions; none where it is another."""
     subset = infer_imagenet_subset(model)

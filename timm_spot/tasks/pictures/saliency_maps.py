@@ -120,6 +120,12 @@ def _transform_map(
     return torch.from_numpy(np.array(picture)).clamp(min=0.)
 
 
+def attention_model(source: str) -> nn.Module | None:
+    """The ViT that 'attention:NAME' names, in eval mode with its weights; None for other sources."""
+    kind, _, name = source.partition(':')
+    return create_checked(name, pretrained=True).eval() if kind == 'attention' else None
+
+
 def saliency_source(source: str, model: nn.Module, transform: Callable[[Image.Image], torch.Tensor]) -> SaliencySource:
     """What `--saliency` names, as a function from a batch and the files it came from to maps (B, H, W).
 
@@ -138,9 +144,8 @@ def saliency_source(source: str, model: nn.Module, transform: Callable[[Image.Im
         prior = Prior(window=model.patch_embed.window)
         full = shallow_copy(model, placer=SampledPlacer(prior, prior))
         return lambda images, paths: attention_saliency(full, images, queries='patches')
-    kind, _, name = source.partition(':')
-    if kind == 'attention':
-        vit = create_checked(name, pretrained=True).eval()
+    vit = attention_model(source)
+    if vit is not None:
         ours, its = model_normalization(model), model_normalization(vit)
 
         def attend(images: torch.Tensor, paths: Sequence[str | Path]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from ...models.placement import SampledPlacer
 from ...models.spot_vit import SubpixelVisionTransformer
 from ..deploy.fidelity import Fidelity
 from ..deploy.onnx_export import TOLERANCE, OnnxOptions, export_onnx
-from ..kept import whole_file
+from ..kept import check_overwrite, whole_file
 
 
 def export_model(
@@ -27,6 +27,7 @@ def export_model(
         calibrate: str | Path | None = None,
         verify: str | Path | None = None,
         force: bool = False,
+        overwrite: bool = False,
 ) -> float:
     """Write a model as `.onnx` or `.pt2`, read it back and compare its answers.
 
@@ -48,6 +49,7 @@ def export_model(
         verify: Pictures on which int8 and fp16 are compared with the model; by default those of `calibrate` by which no
             scale was found, for a model of digits the held-out ones, or else generated ones.
         force: Whether a file is kept that loses more than 0.5 points, or without labels changes 3 % of the answers.
+        overwrite: Whether a file that is there is written over.
 
     Returns:
         The largest difference between the file's and the model's logits.
@@ -57,6 +59,7 @@ def export_model(
             `positions_as_input`, options that do not go together.
         TypeError: `model` is no subpixel ViT.
         FileNotFoundError: There is no such folder.
+        FileExistsError: The file is there, and is not to be written over.
         ModuleNotFoundError: The packages for ONNX are missing.
         RuntimeError: The file answers differently from the model, by more than 1e-4, or in fewer bits loses too much.
 
@@ -73,13 +76,19 @@ def export_model(
     options = OnnxOptions(
         positions_as_input, n_tokens, uint8, 'int8' if int8 else 'float16' if fp16 else 'float32',
         None if calibrate is None else str(calibrate), None if verify is None else str(verify), force)
-    return export_with(model, path, options)[0]
+    return export_with(model, path, options, overwrite)[0]
 
 
-def export_with(model: nn.Module, path: str | Path, options: OnnxOptions) -> tuple[float, Fidelity | None]:
+def export_with(
+        model: nn.Module,
+        path: str | Path,
+        options: OnnxOptions,
+        overwrite: bool = False,
+) -> tuple[float, Fidelity | None]:
     """`export_model`, and how a file in fewer bits answers."""
     path = Path(path)
     _check(model, path, options)
+    check_overwrite([path], overwrite)
     if options.n_tokens is not None:
         model = shallow_copy(model, placer=model.placer.replaced(n_tokens=options.n_tokens))
     if path.suffix == '.onnx':
@@ -134,11 +143,13 @@ def _inputs(model: nn.Module, batch_size: int, n_tokens: int, positions_as_input
 
 
 def _write_program(model: nn.Module, path: Path, inputs: tuple[torch.Tensor, ...]) -> None:
-    torch.export.save(torch.export.export(model, inputs, dynamic_shapes=_dynamic(inputs)), path)
+    with path.open('wb') as file:  # torch takes no name that is not UTF-8
+        torch.export.save(torch.export.export(model, inputs, dynamic_shapes=_dynamic(inputs)), file)
 
 
 def _read_program(path: Path) -> Callable[..., torch.Tensor]:
-    return torch.export.load(path).module()
+    with path.open('rb') as file:
+        return torch.export.load(file).module()
 
 
 def _dynamic(inputs: tuple[torch.Tensor, ...]) -> tuple[dict, ...]:

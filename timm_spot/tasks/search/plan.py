@@ -22,6 +22,7 @@ from ..kept import plain_key, settings_digest, weights_digest
 from ..pictures.classes import class_mismatch
 from ..pictures.datasets import Pictures
 from ..pictures.images import model_transform, picture_channels
+from ..pictures.saliency_maps import attention_model
 from .draws import check_budget, check_draw_seed, check_init, image_generator, names_placer, starting_positions
 from .objectives import get_objective
 from .settings import Search
@@ -111,6 +112,9 @@ class Plan:
             return None
         if self.saliency is None:
             return _own_saliency_key(self.model.placer.eval_prior.saliency)
+        vit = attention_model(self.saliency)
+        if vit is not None:
+            return [self.saliency, weights_digest(vit)]
         folder = Path(self.saliency.partition('local-dir:')[2] or self.saliency)
         return [self.saliency, _listing_digest(folder) if folder.is_dir() else None]
 
