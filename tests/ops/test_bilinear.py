@@ -160,9 +160,8 @@ FORWARD = 'no derivatives in forward mode .* take those in reverse'
     lambda f, x: torch.func.jvp(f, (x,), (x,)),
     lambda f, x: torch.func.jacfwd(f)(x),
     lambda f, x: torch.func.hessian(lambda x: f(x).sum())(x),
-    lambda f, x: torch.func.linearize(f, x),
     lambda f, x: dual(f, x),
-], ids=['jvp', 'jacfwd', 'hessian', 'linearize', 'forward_ad'])
+], ids=['jvp', 'jacfwd', 'hessian', 'forward_ad'])
 def test_forward_mode_is_refused(way, options):
     """Torch names a function of its own, or one of ours, and no remedy."""
     images, positions = example()

@@ -33,7 +33,7 @@ def check_derivatives(*tensors: torch.Tensor | None) -> None:
             hidden = inside is not t and functorch.maybe_get_level(inside) in forward
             if hidden or forward_ad.unpack_dual(inside).tangent is not None:  # type: ignore[no-untyped-call]
                 raise RuntimeError(
-                    'windows have no derivatives in forward mode (torch.func.jvp, jacfwd, hessian, linearize, '
+                    'windows have no derivatives in forward mode (torch.func.jvp, jacfwd, hessian, '
                     'forward_ad): take those in reverse (torch.func.vjp, jacrev, grad).')
             inside = functorch.get_unwrapped(inside) if functorch.is_functorch_wrapped_tensor(inside) else None
 

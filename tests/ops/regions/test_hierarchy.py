@@ -74,7 +74,7 @@ def test_a_stopped_image_keeps_its_variances():
     """They tell a vertex's similarity to itself, and a region's criterion: both are what they are alone."""
     tokenizer = make_tokenizer('random_64x64')
     rough = load('random_64x64')[0]['pixel_features'].permute(0, 3, 1, 2)[:1]
-    tokenizer.min_avg_region = 40
+    tokenizer.min_avg_region = 64
     smooth = rough.cumsum(2).cumsum(3) / 100.  # merges faster, and stops first
     together, alone = tokenizer.build(torch.cat([smooth, rough])), tokenizer.build(smooth)
     assert len(together.levels) > len(alone.levels) and alone.levels[-1].variances.any()

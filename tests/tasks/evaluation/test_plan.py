@@ -123,9 +123,9 @@ def test_a_name_that_is_no_utf_8_can_be_written(folder, pico):
 
 def test_neighbours_of_other_classes_are_refused(folder, pico, tmp_path):
     for label in range(10):
-        (tmp_path / 'bank' / f'x{label}').mkdir(parents=True)
-        Image.new('RGB', (8, 8)).save(tmp_path / 'bank' / f'x{label}' / '0.png')
-    with pytest.raises(ValueError, match=r"number 0 is '0' and 'x0'.*labels would be wrong"):
+        (tmp_path / 'bank' / f'{label + 1}').mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / 'bank' / f'{label + 1}' / '0.png')
+    with pytest.raises(ValueError, match=r"number 0 is '0' and '1'.*labels would be wrong"):
         plan(pico, folder, samplers=('grid',), budgets=(4,), knn=Knn(Pictures(str(tmp_path / 'bank')), k=1))
 
 
