@@ -79,7 +79,7 @@ _COLUMNS = ('eager', 'compiled', *_KINDS, 'OpenVINO', 'OpenVINO int8 static')
 
 
 def _exported(model: nn.Module, path: Path, config: Config, **options: Any) -> timm_spot.OnnxModel:
-    timm_spot.export_model(model, path, **options)
+    timm_spot.export_model(model, path, overwrite=True, **options)
     return timm_spot.OnnxModel(path, threads=config.threads)
 
 
@@ -184,7 +184,7 @@ def _accuracy(section: Section) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for kind, options in kinds.items():
             path = Path(folder) / 'digits.onnx'
-            timm_spot.export_model(model, path, **options)
+            timm_spot.export_model(model, path, overwrite=True, **options)
             file = timm_spot.OnnxModel(path)
             accuracy[kind] = []
             for n in (9, 25, 64):

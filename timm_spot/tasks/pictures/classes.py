@@ -125,9 +125,10 @@ def check_same_classes(pictures: Labelled, train: Labelled) -> None:
         return
     freely = pictures.is_named or train.is_named
     numbers = range(max(found) + 1)
-    names = [(found.get(i, ''), theirs.get(i, '')) for i in numbers]
-    wrong = _differing(*map(list, zip(*names)), freely) or [
-        i for i, (name, other) in enumerate(names) if name != other and name.isdigit() and other.isdigit()]
+    names, others = ([side.get(i, '') for i in numbers] for side in (found, theirs))
+    wrong = _differing(names, others, freely) or [
+        i for i, (name, other) in enumerate(zip(names, others))
+        if name != other and name.isdigit() and other.isdigit()]
     if wrong:
         i = wrong[0]
         raise ValueError(
