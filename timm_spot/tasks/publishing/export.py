@@ -32,9 +32,8 @@ def export_model(
     """Write a model as `.onnx` or `.pt2`, read it back and compare its answers.
 
     The file appears under its name once it was compared, or not at all. The batch is dynamic. An `.onnx`, which
-    `timm_spot.OnnxModel` reads, takes `images` (B, C, H, W) of any size, and any budget, where the model allows it.
-    With `n_tokens`, and in a `.pt2`, both are fixed, and the placement, or the network that places tokens, is part of
-    the file. The output is `logits`.
+    `timm_spot.OnnxModel` reads, takes `images` (B, C, H, W) of any size, and any budget, where the model allows it; with
+    `n_tokens`, and in a `.pt2`, both are fixed, and what places tokens is part of the file. The output is `logits`.
 
     Args:
         model: A subpixel ViT in eval mode, on the CPU.
@@ -58,8 +57,7 @@ def export_model(
         ValueError: Another suffix, a model in train mode, a sampler whose placement depends on the image without
             `positions_as_input`, options that do not go together.
         TypeError: `model` is no subpixel ViT.
-        FileNotFoundError: There is no such folder.
-        FileExistsError: The file is there, and is not to be written over.
+        OSError: There is no such folder; there is such a file, without `overwrite`.
         ModuleNotFoundError: The packages for ONNX are missing.
         RuntimeError: The file answers differently from the model, by more than 1e-4, or in fewer bits loses too much.
 
