@@ -32,7 +32,7 @@ def export_model(
     """Write a model as `.onnx` or `.pt2`, read it back and compare its answers.
 
     The file appears under its name once it was compared, or not at all. The batch is dynamic. An `.onnx`, which
-    `timm_spot.OnnxModel` reads, takes `images` (B, C, H, W) of any size, and any budget, where the model allows it; with
+    `timm_spot.OnnxModel` reads, takes `images` (B, C, H, W) of any size, and any budget, if the model allows it; with
     `n_tokens`, and in a `.pt2`, both are fixed, and what places tokens is part of the file. The output is `logits`.
 
     Args:
