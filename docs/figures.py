@@ -16,6 +16,7 @@ from PIL import Image
 import timm_spot
 from timm_spot.ops import spectral_residual
 from timm_spot.ops.placements import sample_placement
+from timm_spot.tasks.drawing.density import draw_density
 from timm_spot.tasks.drawing.figure import GREY, to_picture
 from timm_spot.tasks.pictures.digits import draw_canvases, load_digits, to_input
 from timm_spot.tasks.vectorize import read_picture
@@ -60,6 +61,14 @@ def draw_sizes(photo: Image.Image) -> None:
     plt.close(figure)
 
 
+@torch.inference_mode()
+def draw_placer(canvas: torch.Tensor) -> None:
+    """What the shipped placer makes of a canvas: its density, the lattice that it carries, 16 windows."""
+    model = timm.create_model('spot_vit_pico_patch8_64.digits_placed', pretrained=True, n_tokens=16).eval()
+    image = to_input(canvas[None], model)
+    save(draw_density(canvas[None], model.placer.density(image)[0], model.place(image), 8)[0].figure, 'density')
+
+
 def main() -> None:
     matplotlib.use('Agg')
     plt.style.use('default')
@@ -86,6 +95,8 @@ def main() -> None:
     save(timm_spot.draw_trajectory(
         canvases[index, None], result, index, objective='cross-entropy of the label')[0].figure, 'trajectory')
     timm_spot.animate(canvases[index, None], result, 8, IMAGES / 'search.gif', index)
+
+    draw_placer(canvases[3])
 
     sparse = timm.create_model('relevance_spot_vit_pico_patch8_64', pretrained=True, keep_rate=0.6).eval()
     positions = timm_spot.sample_positions('sobol', 64, (64, 64), generator=torch.Generator().manual_seed(0))
