@@ -42,7 +42,8 @@ import timm_spot  # noqa: F401  registers the models
 BACKBONE, WINDOW, IMAGE = 'vit_small_patch14_dinov2', 14, 224
 BUDGETS = (16, 25, 49, 100)
 COLUMNS = ('training', 'placement', 'n_tokens', 'seeds', 'n', 'top1', 'top1_se', 'gap', 'gap_se')
-OPTIONS = shlex.split(
+OPTIONS = shlex.split(  # without validation in between: nothing is chosen by it
+    "--val-split '' "
     '--device cpu --no-prefetcher --workers 1 --amp --amp-dtype bfloat16 --batch-size 32 --crop-pct 1.0 '
     '--opt adamw --lr 3e-4 --weight-decay 0.05 --layer-decay 0.75 --warmup-epochs 1 --sched-on-updates --clip-grad 1 '
     '--smoothing 0.1 --drop-path 0.1 --scale 0.7 1.0 --ratio 0.9 1.11 --color-jitter 0 --checkpoint-hist 1 '
