@@ -93,7 +93,7 @@ def at_25(placements: dict[str, dict[str, object]], **kwargs: object) -> Row:
 
 ROWS = {
     **{f'low-res {n}': Row(budgets=(n,)) for n in BUDGETS},
-    'all sizes': Row(ALL_SIZES, EVERYWHERE),
+    'all sizes': Row(ALL_SIZES, at('isotropic', 1., 0.)),
     'distilled': Row(ALL_SIZES, EVERYWHERE, start='all sizes', taught=True),
     **{f'low-res {n}, longer': Row(budgets=(n,), start=f'low-res {n}') for n in BUDGETS},
     'covering': all_budgets(at('isotropic', 1.) | at('center', 1.), coverage=1.),
