@@ -17,7 +17,7 @@ settings.register_profile('ci', derandomize=True)
 if os.environ.get('CI'):
     settings.load_profile('ci')
 
-collect_ignore = ['toy_placer.py']  # registers a placer, which can be done once
+collect_ignore = ['toy_placer.py', 'typed_user.py']  # register placers, which can be done once
 
 DATA = Path(__file__).parent / 'data'
 # Numbers computed once with the authors' code on random weights: name, architecture of the same pooling, image size.

@@ -21,7 +21,7 @@ class Corner(timm_spot.Placer):
 def main() -> None:
     model = timm_spot.retrofit('vit_tiny_patch16_224', n_tokens=25)
     images, targets = torch.rand(2, 3, 224, 224), torch.tensor([1, 2])
-    positions: torch.Tensor = timm_spot.sample_positions('isotropic', 25, (224, 224))
+    positions: torch.Tensor = timm_spot.sample_positions('isotropic', 25, (224, 224))[0]
     result: timm_spot.OracleResult = timm_spot.optimize_positions(model, images, targets, steps=2)
     print(result.positions, result.trajectory, model(images, positions=positions))
     windows = timm_spot.sample_windows(images, positions, window=16)
