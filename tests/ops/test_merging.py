@@ -155,6 +155,8 @@ def test_a_block_merges_half_at_most():
     assert plan_counts(1, 2, (1,), shares, (3, 3), merges_alone=True)[1] == [0, 0]
     with pytest.raises(ValueError, match='9 tokens cannot become 4 in 1 blocks'):
         share_merges(9, 4, (1,), keep_shares(0.4, 1))
+    with pytest.raises(ValueError, match='9 tokens cannot become 2 in 2 blocks'):  # 4, then 3 of the 5 that are left
+        share_merges(9, 4, (2,), keep_shares(0.2, 1))
 
 
 @given(st.integers(0, 400), st.integers(1, 40))

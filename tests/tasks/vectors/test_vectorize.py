@@ -50,6 +50,11 @@ def test_a_file_is_as_large_as_it_may_be(max_kb):
     assert 0.9 * max_kb * 1000 < len(svg.encode()) <= max_kb * 1000
 
 
+def test_the_size_of_a_file_counts_bytes_not_characters():
+    svg = picture_to_svg(photograph(), Detail(max_kb=2.), title='模' * 100)  # three bytes each
+    assert 1800 < len(svg.encode()) <= 2000
+
+
 def test_a_file_for_which_all_there_is_is_too_little():
     svg = picture_to_svg(graphic(), Detail(max_kb=1000.))
     assert len(paths(svg)) > 10 and len(svg) < 10_000

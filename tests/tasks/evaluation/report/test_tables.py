@@ -47,7 +47,8 @@ def test_the_share_of_the_oracle_gap_stands_beside_the_budget():
         '| oracle isotropic | 100.0 ± 1.5 | 100 % |  |']
     other = result('oracle isotropic', 9, 100., kind='oracle', coverage=1.)  # another way to go
     assert gap_closed(results[1], [results[0], other]) is None
-    assert gap_closed(results[1], [results[0], result('oracle isotropic', 9, 50., kind='oracle')]) is None
+    for best in (50., 60.):  # no better than the lattice
+        assert gap_closed(results[1], [results[0], result('oracle isotropic', 9, best, kind='oracle')]) is None
 
 
 def test_rows_are_told_by_their_kind_not_by_their_name():
