@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from timm_spot.ops.regions.borders import find_borders
+from timm_spot.ops.regions.borders import OUTSIDE, find_borders
 from timm_spot.ops.regions.mixing import subpixel_lines
 
 
@@ -48,6 +48,18 @@ def test_right_angles_are_points_and_steps_of_a_slope_are_not():
         inner, = np.flatnonzero(borders.left == 0)
         line = points[start[inner]:start[inner + 1] - 1]
         line = line if borders.closed[inner] else line[1:]
+        assert sorted(line[(line % 1 == 0).all(1)].tolist()) == expected
+
+
+def test_right_angles_at_the_end_of_an_outer_border():
+    """One side from a junction: a point where nothing is beside it, but not between two regions."""
+    for rest, expected in ((OUTSIDE, [[2, 3], [8, 3]]), (0, [])):
+        labels = np.full((12, 12), rest)
+        labels[3:9, 2:8], labels[3, 2:8] = 1, 2
+        borders = find_borders(labels)
+        points, start = subpixel_lines(borders, np.zeros((12, 12, 3)), np.zeros((3, 3)))
+        top, = np.flatnonzero((borders.left == rest) & (borders.right == 2))
+        line = points[start[top] + 1:start[top + 1] - 1]
         assert sorted(line[(line % 1 == 0).all(1)].tolist()) == expected
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from timm_spot.tasks.vectors.raster import paint_shapes
 from timm_spot.tasks.vectors.vectorize import MODES, Detail, Vectorizer, picture_to_svg
 
 
@@ -112,6 +113,19 @@ def test_transparent_pixels_are_no_region():
     assert len(paths(svg)) == 9 and not any(p['d'].startswith('m0 ') for p in paths(svg))
     picture.putalpha(0)
     assert paths(picture_to_svg(picture)) == []
+
+
+@pytest.mark.parametrize('curved', [False, True])
+@pytest.mark.parametrize('band', [1, 2, 3, 5])
+def test_outer_corners_near_a_junction_are_whole(band, curved):
+    """Regions end less than three pixels from the corners of an opaque square: no sample of its pixels stays bare."""
+    pixels = np.zeros((45, 60, 4), dtype=np.uint8)
+    pixels[8:40, 9:50] = 40, 90, 160, 255
+    pixels[8:8 + band, 9:50, 0], pixels[40 - band:40, 9:50, 1], pixels[20:30, 50 - band:50, 2] = 200, 200, 20
+    vectorizer = Vectorizer(Image.fromarray(pixels), Detail(regions=4))
+    assert vectorizer.is_graphic
+    painted = paint_shapes(vectorizer._shapes(vectorizer.tree.cut(4), curved), (60, 45), 4) >= 0
+    assert (painted == (pixels[..., 3] > 0).repeat(4, 0).repeat(4, 1)).all()
 
 
 def test_the_same_bytes_on_any_number_of_threads():

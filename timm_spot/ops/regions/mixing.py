@@ -31,7 +31,7 @@ def subpixel_lines(borders: Borders, pixels: np.ndarray, colors: np.ndarray) -> 
     middle = corners[first] + step / 2
     across = np.stack([-step[:, 1], step[:, 0]], axis=1)  # to the right hand
     shift = _mixture(middle, across, borders, arc, pixels, colors)[:, None] * across
-    bends = _right_angles(step, arc)
+    bends = _right_angles(step, arc, n_sides, (borders.left == OUTSIDE) & ~_are_loops(corners, start))
     points = np.insert(middle + shift, bends, corners[first[bends]] + shift[bends - 1] + shift[bends], axis=0)
     n_points = n_sides + np.bincount(arc[bends], minlength=len(n_sides))
     inner = np.concatenate([[0], np.cumsum(n_points)])
@@ -41,26 +41,36 @@ def subpixel_lines(borders: Borders, pixels: np.ndarray, colors: np.ndarray) -> 
     return points, inner + 2 * np.arange(len(start))
 
 
-def _move_loops(corners: np.ndarray, start: np.ndarray, shift: np.ndarray, n_sides: np.ndarray) -> np.ndarray:
-    """First and last corners (A, 2, 2) of arcs; that of a loop without a junction moves as the sides beside it do."""
+def _are_loops(corners: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Mask (A,) of the arcs that end where they started, and where no other arc ends."""
     ends = np.stack([corners[start[:-1]], corners[start[1:] - 1]], axis=1)
     _, number, count = np.unique(ends.reshape(-1, 2), axis=0, return_inverse=True, return_counts=True)
     number = number.reshape(-1, 2)
-    loops = np.flatnonzero((number[:, 0] == number[:, 1]) & (count[number[:, 0]] == 2))
+    loops: np.ndarray = (number[:, 0] == number[:, 1]) & (count[number[:, 0]] == 2)
+    return loops
+
+
+def _move_loops(corners: np.ndarray, start: np.ndarray, shift: np.ndarray, n_sides: np.ndarray) -> np.ndarray:
+    """First and last corners (A, 2, 2) of arcs; that of a loop without a junction moves as the sides beside it do."""
+    ends = np.stack([corners[start[:-1]], corners[start[1:] - 1]], axis=1)
+    loops = np.flatnonzero(_are_loops(corners, start))
     first = np.cumsum(n_sides) - n_sides
     ends[loops] += (shift[first[loops]] + shift[first[loops] + n_sides[loops] - 1])[:, None]
     return ends
 
 
-def _right_angles(step: np.ndarray, arc: np.ndarray) -> np.ndarray:
-    """Sides before which a border turns, having run straight for `_STRAIGHT` sides, to run straight for as many."""
-    before = np.roll(arc, 1) == arc
-    if len(arc):
-        before[0] = False
-    goes_on = before & (step == np.roll(step, 1, axis=0)).all(1)
-    bend = before & ~goes_on
+def _right_angles(step: np.ndarray, arc: np.ndarray, n_sides: np.ndarray, to_end: np.ndarray) -> np.ndarray:
+    """Sides before which a border turns, having run straight for `_STRAIGHT` sides, to run straight for as many.
+
+    On arcs of `to_end`, (A,), fewer sides do where the arc ends with them: what is left out there is no other
+    region's, and a corner that a junction is near to would show a hole.
+    """
+    place = np.arange(len(arc)) - (np.cumsum(n_sides) - n_sides)[arc]
+    goes_on = (place > 0) & (step == np.roll(step, 1, axis=0)).all(1)
+    bend = (place > 0) & ~goes_on
     for k in range(1, _STRAIGHT):
-        bend &= np.roll(goes_on, k) & np.roll(goes_on, -k)
+        begins, ends = to_end[arc] & (place <= k), to_end[arc] & (place + k >= n_sides[arc])
+        bend &= (np.roll(goes_on, k) | begins) & (np.roll(goes_on, -k) | ends)
     return np.flatnonzero(bend)
 
 
