@@ -63,3 +63,9 @@ def test_sizes_are_searched_and_a_run_with_others_is_another(pictures, saved, tm
         assert result.exit_code == 1 and f'was made with other settings ({differing})' in result.output
     result = search('--optimize', 'shape')
     assert result.exit_code != 0 and 'shape' in result.output
+
+
+def test_a_result_whose_name_is_no_utf8_is_refused_before_the_search(pictures, tmp_path):
+    result = run('oracle', pictures, '--out', tmp_path / 'caf\udce9.safetensors')
+    assert result.exit_code == 1 and 'caf\\xe9.safetensors lies under a name that is no UTF-8' in result.stderr
+    assert not any(tmp_path.glob('caf*'))

@@ -83,6 +83,7 @@ def test_any_model_of_timm_where_any_is_taken():
     (params.OutputFile(), '.', r'\. is a folder, not a file'),
     (params.OutputFile('.onnx', '.pt2'), 'a.png', r"a\.png must end in '\.onnx' or '\.pt2'"),
     (params.OutputFolder(), 'file/svg', 'file is a file, not a folder'),
+    (params.OutputFolder(holds_weights=True), 'caf\udce9', r'caf\\xe9 lies under a name that is no UTF-8'),
 ])
 def test_what_is_not_there_is_refused_before_any_work(kind, value, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -97,4 +98,5 @@ def test_what_is_there_is_taken(tmp_path):
     assert params.SaliencyName().convert(str(tmp_path), None, None) == str(tmp_path)
     assert params.SaliencyName().convert('attention:vit_tiny_patch16_224', None, None).startswith('attention:')
     assert params.OutputFile('.png').convert(tmp_path / 'a.PNG', None, None) == tmp_path / 'a.PNG'
+    assert params.OutputFolder().convert(tmp_path / 'caf\udce9', None, None) == tmp_path / 'caf\udce9'
     assert params.OutputFolder().convert(tmp_path / 'new' / 'folder', None, None) == tmp_path / 'new' / 'folder'

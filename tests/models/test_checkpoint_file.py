@@ -227,6 +227,13 @@ def test_averaged_weights_come_before_the_last_ones_as_in_timm(tmp_path):
     assert read.ignored == ('epoch', 'state_dict', 'model_ema')
 
 
+def test_a_name_that_is_no_utf8_is_not_taken_for_damage(tmp_path):
+    path = tmp_path / 'caf\udce9.safetensors'
+    path.write_bytes(b'whatever')
+    with pytest.raises(ValueError, match=r'lies under a name that is no UTF-8, .*: give another name'):
+        read_checkpoint(path)
+
+
 def test_names_in_messages_are_short_and_on_one_line():
     assert shorten(['a', 'b']) == 'a, b'
     assert shorten(list('abcdef')) == 'a, b, c, d, ... (6 in all)'

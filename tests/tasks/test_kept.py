@@ -211,6 +211,10 @@ def test_outputs_that_cannot_be_are_refused_before_any_work(tmp_path):
     with pytest.raises(OSError, match=f'{tmp_path / "file"} cannot be written to'):
         with lock_output(tmp_path / 'file' / 'out'):
             pytest.fail('writes')
+    with pytest.raises(ValueError, match='lies under a name that is no UTF-8'):
+        check_output(tmp_path / 'caf\udce9.safetensors')
+    with pytest.raises(ValueError, match='lies under a name that is no UTF-8'):
+        KeptParts(tmp_path / 'caf\udce9' / 'parts', {})
     check_output(tmp_path / 'file')
     check_output(tmp_path / 'new' / 'folder' / 'out')
     assert names(tmp_path) == ['file'], 'nothing is made'

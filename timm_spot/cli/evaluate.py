@@ -80,7 +80,7 @@ _DEFAULT_SPARSE_MODEL = f'relevance_{DEFAULT_MODEL}'
 @workers_option
 @device_option
 @click.option('--skip-broken', is_flag=True, help='Leave out pictures that cannot be read, and list them.')
-@click.option('--out', type=OutputFolder(), default='evaluation', show_default=True)
+@click.option('--out', type=OutputFolder(holds_weights=True), default='evaluation', show_default=True)
 def evaluate(data: str, names: tuple[str, ...], device: str, out: Path, **given: Any) -> None:
     """Measure models by placement and budget on DATA, and write results.csv, results.md and report.html.
 

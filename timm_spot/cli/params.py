@@ -11,6 +11,7 @@ import click
 import timm
 import torch
 
+from ..models.checkpoint_file import check_utf8
 from ..models.placement import get_placer, list_placers
 from ..models.pruning_scorers import get_scorer
 from ..ops.samplers import get_sampler
@@ -284,12 +285,21 @@ class OutputFile(_Param):
 
 
 class OutputFolder(_Param):
-    """A folder that is there or can be made, and can be written to."""
+    """A folder that is there or can be made, and can be written to.
+
+    Args:
+        holds_weights: Whether safetensors files go there, whose names are in UTF-8.
+    """
 
     name = 'folder'
 
+    def __init__(self, holds_weights: bool = False) -> None:
+        self.holds_weights = holds_weights
+
     def check(self, value: str | Path, name: str) -> Path:
         path = Path(value)
+        if self.holds_weights:
+            check_utf8(path)
         there = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not there.is_dir():
             raise NotADirectoryError(f'{name}: {there} is a file, not a folder.')

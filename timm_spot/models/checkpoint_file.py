@@ -6,6 +6,7 @@ Every path by which weights reach a model reads them here first. Nothing is ever
 from __future__ import annotations
 
 import argparse
+import os
 import pickletools
 import re
 import tarfile
@@ -138,7 +139,18 @@ def shorten(names: list[str], shown: int = 4) -> str:
     return ', '.join(listed) + (f', ... ({len(names)} in all)' if len(names) > shown else '')
 
 
+def check_utf8(path: str | Path) -> None:
+    """Raise ValueError unless a path can be opened by safetensors and ONNX Runtime, which take UTF-8 only."""
+    try:
+        os.fsencode(os.path.realpath(path)).decode('utf-8')
+    except UnicodeDecodeError:
+        raise ValueError(
+            f'{path} lies under a name that is no UTF-8, which neither safetensors nor ONNX Runtime opens: '
+            'give another name.') from None
+
+
 def _read_safetensors(path: Path) -> Any:
+    check_utf8(path)
     try:
         return safetensors.torch.load_file(path)
     except PermissionError:

@@ -22,6 +22,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..models.checkpoint_file import check_utf8
+
 _SETTINGS = 'settings.json'
 _LEFTOVER = re.compile(r'\.(?P<stem>.+)\.\d+\.tmp(?P<suffix>\.[^.]*)?')
 _PART = re.compile(r'\d{9}\.safetensors')
@@ -75,13 +77,14 @@ def check_output(path: str | Path) -> None:
 
     Raises:
         IsADirectoryError: It is a folder.
-        ValueError: It is a device, a pipe or the like.
+        ValueError: It is a device, a pipe or the like, or its name is no UTF-8, as safetensors needs it.
         PermissionError: Its folder, or the nearest one that exists, cannot be written to.
     """
     path = Path(path).absolute()
     if path.is_dir():
         raise IsADirectoryError(f'{path} is a folder: name a file to write.')
     _check_replaceable(path)
+    check_utf8(path)
     folder = next(parent for parent in path.parents if parent.exists())
     if not folder.is_dir():
         raise NotADirectoryError(f'{folder} is no folder, so {path} cannot be written: give another output.')
@@ -171,9 +174,13 @@ class KeptParts:
     Args:
         folder: Made by `open`; for parts only.
         key: All that determines the parts: what JSON holds, and paths and data types, which are kept as strings.
+
+    Raises:
+        ValueError: The folder's name is no UTF-8.
     """
 
     def __init__(self, folder: Path, key: dict[str, Any]) -> None:
+        check_utf8(folder)
         self.folder = folder
         self.key = plain_key(key)
 

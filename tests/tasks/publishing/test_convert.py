@@ -363,3 +363,9 @@ def test_a_placement_network_is_kept(tmp_path, source):
     assert torch.equal(again.place(images), model.place(images)) and again.place(images).shape == (2, 9, 2)
     assert json.loads((tmp_path / 'out' / 'config.json').read_text())['model_args']['placer'] == TOY
     assert f'placer `{TOY}`' in (tmp_path / 'out' / 'README.md').read_text()
+
+
+def test_a_folder_whose_name_is_no_utf8_is_refused_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match='lies under a name that is no UTF-8'):
+        convert(tmp_path / 'there is none.pth', tmp_path / 'caf\udce9')
+    assert not any(tmp_path.iterdir())

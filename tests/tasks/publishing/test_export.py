@@ -160,3 +160,9 @@ def test_nothing_is_written_over_unasked(model, tmp_path, name, monkeypatch):
 def test_names_of_every_kind(model, tmp_path, name):
     assert timm_spot.export_model(model, tmp_path / name) < 1e-4
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_onnx_under_a_name_that_is_no_utf8_is_refused_before_any_work(model, tmp_path):
+    with pytest.raises(ValueError, match='lies under a name that is no UTF-8'):
+        timm_spot.export_model(model, tmp_path / 'caf\udce9.onnx')
+    assert not any(tmp_path.iterdir())

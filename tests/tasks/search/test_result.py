@@ -101,3 +101,12 @@ def test_snap_leaves_sizes():
     result = make(rows=1)
     result.positions = torch.tensor([[[0.1, 0.9, 2., 3.]]])
     torch.testing.assert_close(result.snap(2), torch.tensor([[[0.25, 0.75, 2., 3.]]]))
+
+
+def test_a_name_that_is_no_utf8_is_not_taken_for_damage(tmp_path):
+    path = tmp_path / 'caf\udce9.safetensors'
+    with pytest.raises(ValueError, match='lies under a name that is no UTF-8'):
+        make().to_safetensors(path)
+    path.write_bytes(b'whatever')
+    with pytest.raises(ValueError, match='lies under a name that is no UTF-8'):
+        OracleResult.from_safetensors(path)

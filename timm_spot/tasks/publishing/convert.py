@@ -15,7 +15,7 @@ import torch
 from timm.models import VisionTransformer
 from torch import nn
 
-from ...models.checkpoint_file import StateDict, shorten
+from ...models.checkpoint_file import StateDict, check_utf8, shorten
 from ...models.spot_checkpoint import FOLDED, rename_authors_key
 from ...models.spot_retrofit import retrofit_in_place
 from ...models.spot_vit import SubpixelVisionTransformer
@@ -108,6 +108,7 @@ def convert(
 
 
 def _check_destination(dest: Path) -> None:
+    check_utf8(dest)
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         raise FileExistsError(f'{dest} exists already: give a new or an empty folder.')
     if not dest.absolute().parent.is_dir():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...models._shallow import shallow_copy
+from ...models.checkpoint_file import check_utf8
 from ...models.placement import SampledPlacer
 from ...models.spot_vit import SubpixelVisionTransformer
 from ..deploy.fidelity import Fidelity
@@ -109,6 +110,8 @@ def export_with(
 def _check(model: nn.Module, path: Path, options: OnnxOptions) -> None:
     if path.suffix not in ('.onnx', '.pt2'):
         raise ValueError(f"path={str(path)!r} must end in '.onnx' or '.pt2'.")
+    if path.suffix == '.onnx':
+        check_utf8(path)
     if path.suffix == '.pt2' and (options.uint8 or options.precision != 'float32'):
         raise ValueError(f'path={str(path)!r}: files of bytes or half precision are ONNX, ending in .onnx.')
     if options.precision != 'int8' and options.calibrate is not None:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.layers import to_2tuple
 
+from ...models.checkpoint_file import check_utf8
 from ..kept import whole_file
 
 
@@ -59,6 +60,7 @@ class OracleResult:
             path: The file; its folder exists.
             metadata: For the file's header. With more than one entry their order, and so the bytes, may vary.
         """
+        check_utf8(path)
         tensors = {k: v.cpu().contiguous() for k, v in self._tensors().items()}
         with whole_file(path) as partial:
             save_file(tensors, partial, metadata=metadata)
@@ -71,6 +73,7 @@ class OracleResult:
             FileNotFoundError: There is no such file.
             ValueError: The file is damaged, or holds something else.
         """
+        check_utf8(path)
         try:
             tensors = load_file(path)
         except SafetensorError as e:
