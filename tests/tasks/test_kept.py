@@ -84,6 +84,13 @@ def test_a_file_appears_whole(tmp_path, name):
     assert path.read_text() == 'new' and names(tmp_path) == [name]
 
 
+def test_who_reads_a_file_keeps_what_was_there(tmp_path):
+    write_whole(tmp_path / 'a', 'old')
+    with open(tmp_path / 'a') as reader:
+        write_whole(tmp_path / 'a', 'new')  # another file under the name, not other bytes in this one
+        assert reader.read() == 'old'
+
+
 def test_a_file_whose_writing_fails_stays_as_it_was(tmp_path):
     write_whole(tmp_path / 'a', 'old')
     with pytest.raises(ZeroDivisionError), whole_file(tmp_path / 'a') as partial:

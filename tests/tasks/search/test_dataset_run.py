@@ -588,6 +588,17 @@ def test_broken_pictures_are_named_or_left_out(tiny, tmp_path):
         run(tiny, folder, tmp_path / 'none.safetensors', skip_broken=True, **kwargs)
 
 
+def test_folders_that_cannot_be_searched_are_named_or_left_out(tiny, folder, tmp_path):
+    pictures, out = Pictures(str(folder)), tmp_path / 'r.safetensors'
+    pictures.broken.append('data/closed cannot be searched.')
+    with pytest.raises(ValueError, match=r'^data/closed cannot be searched\. --skip-broken leaves such'):
+        run(tiny, pictures, out)
+    assert len(run(tiny, pictures, out, skip_broken=True).positions) == len(pictures)
+    assert list_broken(out) == ['data/closed cannot be searched.']
+    with pytest.raises(ValueError, match=r'^data/closed cannot be searched\. --skip-broken leaves such'):
+        run(tiny, pictures, out)
+
+
 def test_an_empty_data_set_is_refused(tiny, folder, tmp_path):
     pictures = Pictures(str(folder))
     pictures.__class__ = type('Empty', (Pictures,), dict(__len__=lambda self: 0))

@@ -25,6 +25,12 @@ def test_points_and_errors_are_those_of_the_results():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ['grid', 'sobol']
 
 
+def test_tokens_and_speeds_are_ratios_and_multiply_adds_are_not():
+    results = [result('grid', 25, 60.), result('grid', 9, 50.)]
+    scales = {x: plot(results, BY_BUDGET, x).axes[0].get_xscale() for x in ('n_tokens', 'images_per_s', 'gflops')}
+    assert scales == dict(n_tokens='log', images_per_s='log', gflops='linear')
+
+
 @pytest.mark.parametrize('name', ['$a^$', '$', 'a$b$c', '_under', '$\\frac{', 'a_b^c', '{', '\\$5'])
 def test_any_label_can_be_drawn(name):
     figure = plot([result(name, 9, 50.)], BY_BUDGET, 'n_tokens')

@@ -34,6 +34,12 @@ def test_a_table_by_hand():
         '| oracle grid | 99.0 ± 1.5 |  |  |']  # it sees the labels, and does not compete
 
 
+def test_an_oracle_as_good_as_the_best_is_not_bold():
+    results = [result('grid', 9, 60.), result('oracle grid', 9, 60., kind='oracle')]
+    assert markdown_table(results, BY_BUDGET).splitlines()[2:] == [
+        '| grid | **60.0** ± 1.5 |', '| oracle grid | 60.0 ± 1.5 |']
+
+
 def test_the_share_of_the_oracle_gap_stands_beside_the_budget():
     results = [
         result('isotropic', 9, 60.), result('salient', 9, 70.), result('density', 9, 90., kind='placer'),
