@@ -75,7 +75,7 @@ class DensityPlacer(Placer):
         if not images.is_floating_point():
             raise TypeError(f'images must be normalised floats, got {images.dtype}: the model normalises uint8 images.')
         images = images.to(torch.promote_types(images.dtype, torch.float32))
-        return self.thumbnail_density(_thumbnail(_in_colour(images)))
+        return self.thumbnail_density(_thumbnail(in_colour(images)))
 
     def thumbnail_density(self, thumbnails: torch.Tensor) -> torch.Tensor:
         """The density of images by their thumbnails (B, 3, h, w), see `thumbnail_weights`."""
@@ -117,7 +117,7 @@ def _places(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([places, places.square()])[None]
 
 
-def _in_colour(images: torch.Tensor) -> torch.Tensor:
+def in_colour(images: torch.Tensor) -> torch.Tensor:
     """Images of any number of channels as three: grey, unless they are three already."""
     return images if images.shape[1] == 3 else images.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
 
@@ -151,8 +151,6 @@ def thumbnail_weights(image_size: ImageSize) -> tuple[torch.Tensor, torch.Tensor
 
     def weights(length: int, side: int) -> torch.Tensor:
         pixels = torch.eye(length)[None]
-        if side == length and sides == tuple(image_size):
-            return pixels[0]
         return F.avg_pool1d(F.interpolate(pixels, pool * side, mode='linear'), pool)[0].T.contiguous()
 
     return weights(image_size[0], sides[0]), weights(image_size[1], sides[1]).T.contiguous()

@@ -11,7 +11,8 @@ from timm_spot.tasks.deploy.onnx_info import describe
 
 
 @pytest.mark.parametrize('keywords', [
-    {}, dict(placer='density'), dict(coverage=0.5), dict(placer='density', in_chans=1)])
+    {}, dict(coverage=0.5), dict(placer='density'), dict(placer='density', in_chans=1),
+    dict(placer='density', in_chans=4)])
 @pytest.mark.parametrize('size', [(64, 64), (48, 72)])
 def test_a_model_as_its_file_is_called(keywords, size):
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ...models.density_placer import start_lattice, thumbnail_weights
+from ...models.density_placer import in_colour, start_lattice, thumbnail_weights
 from ...models.placement import fixed_placement
 from ..extras import need
 from .onnx_info import EACH, INSIDE, KEY, LATTICE, OnnxInfo
@@ -47,8 +47,7 @@ class Deployed(nn.Module):
     ) -> torch.Tensor:
         images = self.model.patch_embed.normalize(images)
         if rows is not None:  # the placement is a lattice for a network, which sees a thumbnail by rows and columns
-            colour = images if images.shape[1] == 3 else images.expand(-1, 3, -1, -1)
-            density = self.model.placer.thumbnail_density(rows @ colour @ columns)
+            density = self.model.placer.thumbnail_density(rows @ in_colour(images) @ columns)
             placement = self.model.placer.carry(placement, density, self.image_size)
         return self.model(images, placement).float()
 
