@@ -87,8 +87,7 @@ def finish(proto: onnx.ModelProto, info: OnnxInfo) -> None:
     helper.set_model_props(proto, {KEY: info.to_json()})
     if info.placement in (INSIDE, EACH):
         return
-    n_tokens = info.n_tokens or (info.image_size[0] // info.window) * (info.image_size[1] // info.window)
-    for name, value in placement_inputs(info, n_tokens, info.image_size).items():
+    for name, value in placement_inputs(info, info.budget(info.image_size), info.image_size).items():
         proto.graph.initializer.append(numpy_helper.from_array(value.contiguous().numpy(), name))
 
 

@@ -74,6 +74,11 @@ class OnnxInfo:
         """Whether a budget can be chosen for each call."""
         return self.placement == LATTICE or (self.placement != INSIDE and self.budgets_by_sampler)
 
+    def budget(self, image_size: tuple[int, int]) -> int:
+        """Tokens of images of (H, W) pixels where none are asked for."""
+        height, width = image_size
+        return self.n_tokens or (height // self.window) * (width // self.window)
+
     def count_flops(self, n_tokens: int) -> int:
         """Operations of an image of the nominal size."""
         a, b, c = self.flops

@@ -68,8 +68,7 @@ class OnnxModel:
 
     def budget(self, image_size: tuple[int, int] | None = None) -> int:
         """Tokens of images of (H, W) pixels, by default of the model's own size, where none are asked for."""
-        height, width = image_size or self.info.image_size
-        return self.info.n_tokens or (height // self.info.window) * (width // self.info.window)
+        return self.info.budget(image_size or self.info.image_size)
 
     def prepare(self, picture: Image.Image) -> np.ndarray:
         """A picture, in RGB, resized and cropped as the model was trained: (C, H, W), uint8."""
