@@ -85,9 +85,9 @@ def compare(model: nn.Module, file: OnnxModel, pictures: Pictures | None, first:
     batches = _generated(model) if pictures is None else read_batches(file, pictures, first, step)
     with torch.inference_mode():
         for images, numbers in batches:
-            tensors = torch.from_numpy(images)
-            placement = model.place(model.patch_embed.normalize(tensors)) if file.info.placement == EACH else None
-            ours.append(model(model.patch_embed.normalize(tensors), placement))
+            tensors = model.patch_embed.normalize(torch.from_numpy(images))
+            placement = model.place(tensors) if file.info.placement == EACH else None
+            ours.append(model(tensors, placement))
             theirs.append(torch.from_numpy(file(images, positions=None if placement is None else placement.numpy())))
             labels += numbers
     if not ours:
