@@ -8,16 +8,10 @@ import torch
 from picture_files import noise, write_all
 from PIL import Image
 
+from timm_spot.tasks.pictures.classes import class_names
 from timm_spot.tasks.pictures.datasets import Pictures
 from timm_spot.tasks.pictures.images import model_transform
-from timm_spot.tasks.predict import class_names, looks_foreign, predict, read_batches
-
-
-def test_class_names(pico):
-    assert class_names(pico) == list('0123456789')
-    assert class_names(timm.create_model('spot_vit_pico_patch8_64', num_classes=3)) == ['0', '1', '2']
-    names = class_names(timm.create_model('spot_vit_tiny_patch16_in21k', depth=1))
-    assert len(names) == 1000 and 'tench' in names[0]
+from timm_spot.tasks.predict import looks_foreign, predict, read_batches
 
 
 def test_predict_sorts_classes(pico):

@@ -15,6 +15,7 @@ from ..tasks.drawing.figure import check_figure
 from ..tasks.drawing.kinds import KINDS, Settings, Subject
 from ..tasks.evaluation.families import name_patterns
 from ..tasks.kept import check_overwrite
+from ..tasks.pictures.classes import class_names
 from ..tasks.pictures.datasets import Pictures
 from ..tasks.pictures.files import printable
 from ..tasks.pictures.images import model_transform
@@ -113,7 +114,7 @@ def _predict(
 ) -> list[tuple[str, list[prediction.ClassScore]]]:
     """Names and classes of all pictures that can be read; what is wrong with the others goes into `broken`."""
     model = create_placed_model(name, device=device, sampler=sampler, saliency=saliency, **given)
-    names = prediction.class_names(model)
+    names = class_names(model)
     set_saliency = set_prior(model, sampler, saliency, model_transform(model))
     draw = None if save_placement is None else _placement_drawer(model, save_placement, len(pictures) != 1)
     results, foreign = [], []

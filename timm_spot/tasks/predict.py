@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .pictures.classes import class_names as class_names
 from .pictures.classes import label_names
 from .pictures.datasets import Pictures
 from .pictures.digits import CANVAS
@@ -90,7 +89,7 @@ def predict(model: nn.Module, images: torch.Tensor, names: Sequence[str], topk: 
     Args:
         model: A classifier in eval mode.
         images: (B, C, H, W), normalised.
-        names: One for each class, see `class_names`.
+        names: One for each class, see `pictures.classes.class_names`.
         topk: Classes to return, at most all.
 
     Returns:

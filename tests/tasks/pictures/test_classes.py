@@ -11,6 +11,7 @@ from timm_spot.tasks.pictures.classes import (
     check_classes,
     check_same_classes,
     class_mismatch,
+    class_names,
     label_names,
     load_class_map,
 )
@@ -22,6 +23,13 @@ WORDS = ['zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight',
 @pytest.fixture(scope='module')
 def digits_model():
     return timm.create_model('spot_vit_pico_patch8_64', pretrained=True)
+
+
+def test_class_names(digits_model):
+    assert class_names(digits_model) == list('0123456789')
+    assert class_names(timm.create_model('spot_vit_pico_patch8_64', num_classes=3)) == ['0', '1', '2']
+    names = class_names(timm.create_model('spot_vit_tiny_patch16_in21k', depth=1))
+    assert len(names) == 1000 and 'tench' in names[0]
 
 
 def write(folder, names, count=1):

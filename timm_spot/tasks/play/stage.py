@@ -22,9 +22,10 @@ from ...models.pruning import TokenPruning
 from ...models.pruning_vit import sparsify
 from ...models.spot_vit import SubpixelVisionTransformer
 from ...ops.samplers import get_sampler, list_samplers
+from ..pictures.classes import class_names
 from ..pictures.files import find_pictures
 from ..pictures.images import denormalize, model_transform, read_picture
-from ..predict import class_names, looks_foreign, reads_digits
+from ..predict import looks_foreign, reads_digits
 
 SHIPPED = Path(__file__).parent / 'pictures'
 KEPT = 32  # pictures that are remembered; the page shows one again that was forgotten
