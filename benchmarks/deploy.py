@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import timm_spot
+from timm_spot.tasks.deploy.onnx_graph import OPSET
 from timm_spot.tasks.deploy.quantize import quantize_dynamic
 from timm_spot.tasks.pictures.digits import draw_canvases, load_digits
 
@@ -140,7 +141,7 @@ def _dense_sessions(name: str, config: Config, folder: Path) -> dict[str, Any]:
     model = _Dense(timm.create_model(name, **config.model_args)).eval()
     program = torch.onnx.export(
         model, (torch.rand(2, 3, _SIDE, _SIDE),), dynamo=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-        opset_version=20, verbose=False, input_names=['images'])
+        opset_version=OPSET, verbose=False, input_names=['images'])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = config.threads
     sessions = {}

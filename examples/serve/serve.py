@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import io
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -124,7 +125,7 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None) -> 
 def _memory() -> int:
     """Bytes of this process in memory, where Linux says so."""
     status = Path('/proc/self/statm')
-    return int(status.read_text().split()[1]) * 4096 if status.exists() else 0
+    return int(status.read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') if status.exists() else 0
 
 
 @click.command(help=__doc__)
