@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 
 from timm_spot.models.placement import Placer, SampledPlacer
-from timm_spot.models.placing import place_drawn, place_images
+from timm_spot.models.placing import at_budget, place_drawn, place_images
 from timm_spot.models.prior import Prior
 from timm_spot.models.subpixel_embed import SubpixelEmbed
 from timm_spot.ops.placements import sample_placement
@@ -83,3 +84,12 @@ def test_budget_and_coverage_are_drawn_independently(embed):
         placer.batches += 1
     table = torch.tensor(pairs)
     assert torch.corrcoef(table.T)[0, 1].abs() < 0.2
+
+
+def test_another_budget_shares_the_weights_and_leaves_the_model():
+    model = timm.create_model('spot_vit_pico_patch8_64', depth=1, coverage=1.).eval()
+    images = torch.rand(2, 3, 64, 64)
+    other = at_budget(model, 9, 0.)
+    assert other.place(images).shape == (2, 9, 2) and model.place(images).shape == (2, 64, 4)
+    assert other.head.weight is model.head.weight
+    assert at_budget(model, 9).place(images).shape == (2, 9, 4)

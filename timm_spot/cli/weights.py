@@ -79,15 +79,13 @@ def export(
     is loaded back and compared. An .onnx is run by `timm_spot.OnnxModel`, and by `--model OUT.onnx` of predict and
     evaluate.
     """
-    from ..tasks.deploy.onnx_export import OnnxOptions
+    from ..tasks.deploy.onnx_export import OnnxOptions, precision_of
     from ..tasks.evaluation.ways import image_size
     from ..tasks.kept import check_overwrite
     from ..tasks.publishing.export import export_with
 
     with clean_errors():
-        if int8 and fp16:
-            raise ValueError('--int8 and --fp16 are two files: give one of them.')
-        precision = 'int8' if int8 else 'float16' if fp16 else 'float32'
+        precision = precision_of(int8, fp16)
         options = OnnxOptions(positions_as_input, n_tokens, uint8, precision, calibrate, verify, force)
         check_overwrite([out], overwrite)
         model = create_subpixel_model(name, **placement)

@@ -7,9 +7,11 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
+from torch import nn
 
 from ..ops.sizes import add_sizes
 from ..ops.windows import check_images
+from ._shallow import shallow_copy
 from .placement import Placer
 from .subpixel_embed import SubpixelEmbed
 
@@ -37,6 +39,12 @@ def _check_count(placer: Placer, placement: torch.Tensor, image_size: tuple[int,
         raise ValueError(
             f'{placer.source} gave positions of shape {tuple(placement.shape)}, its budget asks for '
             f'(B, {n_tokens}, 2), or 4 columns with spacings.')
+
+
+def at_budget(model: nn.Module, n_tokens: int, coverage: float | None = None) -> nn.Module:
+    """A subpixel ViT whose own placer has another budget, and coverage; it shares the weights of `model`."""
+    changed = {} if coverage is None else dict(coverage=coverage)
+    return shallow_copy(model, placer=model.placer.replaced(n_tokens=n_tokens, **changed))
 
 
 # Compiled code then sees a placement of a dynamic length, instead of one program for each budget.

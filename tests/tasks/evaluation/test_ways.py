@@ -6,7 +6,7 @@ import torch
 import timm_spot
 from timm_spot.tasks.evaluation.families import family_of
 from timm_spot.tasks.evaluation.request import Request
-from timm_spot.tasks.evaluation.ways import ImageBatch, at_budget
+from timm_spot.tasks.evaluation.ways import ImageBatch
 
 
 @pytest.fixture
@@ -49,9 +49,3 @@ def test_baselines_drop_no_more_than_they_say(pico):
 def test_maps_are_named_where_they_are_read(pico):
     found = ways(pico, samplers=('salient', 'grid'))
     assert (found['salient'].saliency, found['grid'].saliency) == ('spectral', '')
-
-
-def test_another_budget_shares_the_weights_and_leaves_the_model(pico, batch):
-    other = at_budget(pico, 9, 0.)
-    assert other.place(batch.images).shape == (2, 9, 2) and pico.place(batch.images).shape == (2, 64, 2)
-    assert other.head.weight is pico.head.weight

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ...models._shallow import shallow_copy
+from ...models.placing import at_budget
 from ...models.spot_vit import SubpixelVisionTransformer
 from ...ops.samplers import check_n_tokens
 
@@ -25,8 +25,7 @@ class CompiledModel:
 
     def __init__(self, model: SubpixelVisionTransformer, budgets: tuple[int, ...]) -> None:
         self.model, self.budgets = model, budgets
-        self._models = {
-            n: shallow_copy(model, placer=model.placer.replaced(n_tokens=n)) for n in budgets}
+        self._models = {n: at_budget(model, n) for n in budgets}
         self._programs: dict[tuple[object, ...], Program] = {}
         self._placements: dict[tuple[object, ...], torch.Tensor] = {}
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...models._shallow import shallow_copy
+from ...models.placing import at_budget
 from ..evaluation.flops import count_flops
 from ..extras import need
 from ..kept import whole_file
@@ -48,6 +48,17 @@ class OnnxOptions:
     calibrate: str | None = None
     verify: str | None = None
     force: bool = False
+
+
+def precision_of(int8: bool, fp16: bool) -> str:
+    """Of the file that these two ask for.
+
+    Raises:
+        ValueError: They ask for two.
+    """
+    if int8 and fp16:
+        raise ValueError('int8 and fp16 are two files: give one of them.')
+    return 'int8' if int8 else 'float16' if fp16 else 'float32'
 
 
 def export_onnx(model: nn.Module, path: Path, options: OnnxOptions) -> tuple[float, Fidelity | None]:
@@ -115,7 +126,7 @@ def _differences(model: nn.Module, file: OnnxModel) -> Iterator[float]:
             placement = placement[0] if info.placement == SHARED else placement
         at = model
         if info.placement == LATTICE:
-            at = shallow_copy(model, placer=model.placer.replaced(n_tokens=n))
+            at = at_budget(model, n)
         positions = None if placement is None else placement.numpy()
         answer = file(images.numpy(), n_tokens=n if info.placement == LATTICE else None, positions=positions)
         yield (torch.from_numpy(answer) - at(images, placement)).abs().max().item()
@@ -154,8 +165,7 @@ def _flops(model: nn.Module, info: OnnxInfo) -> tuple[float, float, float]:
         return float(count_flops(model, images)), 0., 0.
     budgets = (4, 8, 16)
     if info.placement == LATTICE:
-        counts = [
-            count_flops(shallow_copy(model, placer=model.placer.replaced(n_tokens=n)), images) for n in budgets]
+        counts = [count_flops(at_budget(model, n), images) for n in budgets]
     else:
         counts = [count_flops(model, images, torch.full((n, info.columns), 0.5)) for n in budgets]
     a, b, c = np.linalg.solve(np.vander(budgets, 3, increasing=True).astype(float), np.array(counts, float))

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from ...models.placement import SampledPlacer
+from ...models.placing import at_budget
 from ...ops.placements import sample_positions
 from ...ops.saliency import energy, spectral_residual
 from ...ops.samplers import check_n_tokens, get_sampler
@@ -38,7 +39,6 @@ from .baselines import random_patches
 from .comparisons import Comparison, compare, saliency_percentiles
 from .families import family_of
 from .study_pictures import StudyPictures
-from .ways import at_budget
 
 BUDGETS = (9, 16, 25)  # of the digits
 SEARCH = dict(steps=20, lr=1e-2, record=False, chunk_size=128)  # what docs/oracle.md measures

@@ -11,8 +11,8 @@ from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ...models._shallow import shallow_copy
 from ...models.placement import SampledPlacer
+from ...models.placing import at_budget
 from ...ops.placements import sample_positions
 from ...ops.samplers import get_sampler
 from ..pictures.images import model_transform
@@ -111,11 +111,6 @@ def placer_ways(model: nn.Module, request: Request) -> Iterator[Way]:
             yield Way(
                 rows.PLACER, placer.name or type(placer).__name__, n,
                 partial(_self_placed, n_tokens=n, coverage=coverage), coverage=coverage)
-
-
-def at_budget(model: nn.Module, n_tokens: int, coverage: float) -> nn.Module:
-    """A subpixel ViT whose own placer has another budget and coverage; it shares the weights of `model`."""
-    return shallow_copy(model, placer=model.placer.replaced(n_tokens=n_tokens, coverage=coverage))
 
 
 def oracle_ways(model: nn.Module, request: Request) -> Iterator[Way]:

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...models._shallow import shallow_copy
 from ...models.checkpoint_file import check_utf8
 from ...models.placement import SampledPlacer
+from ...models.placing import at_budget
 from ...models.spot_vit import SubpixelVisionTransformer
 from ..deploy.fidelity import Fidelity
-from ..deploy.onnx_export import TOLERANCE, OnnxOptions, export_onnx
+from ..deploy.onnx_export import TOLERANCE, OnnxOptions, export_onnx, precision_of
 from ..kept import check_overwrite, whole_file
 
 
@@ -70,10 +70,8 @@ def export_model(
         >>> difference < 1e-4
         True
     """
-    if int8 and fp16:
-        raise ValueError('int8 and fp16 are two files: give one of them.')
     options = OnnxOptions(
-        positions_as_input, n_tokens, uint8, 'int8' if int8 else 'float16' if fp16 else 'float32',
+        positions_as_input, n_tokens, uint8, precision_of(int8, fp16),
         None if calibrate is None else str(calibrate), None if verify is None else str(verify), force)
     return export_with(model, path, options, overwrite)[0]
 
@@ -89,7 +87,7 @@ def export_with(
     _check(model, path, options)
     check_overwrite([path], overwrite)
     if options.n_tokens is not None:
-        model = shallow_copy(model, placer=model.placer.replaced(n_tokens=options.n_tokens))
+        model = at_budget(model, options.n_tokens)
     if path.suffix == '.onnx':
         return export_onnx(model, path, options)
     with torch.no_grad(), whole_file(path) as partial:

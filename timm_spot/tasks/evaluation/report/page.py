@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import nn
 
+from ....models.placing import at_budget
 from ...kept import write_whole
 from ...pictures.datasets import Pictures
 from ...pictures.images import denormalize, model_transform
@@ -21,7 +22,6 @@ from ...search.draws import draw_placements
 from ..families import family_of
 from ..results import read_results
 from ..rows import PLACER, SAMPLER, Result, Row
-from ..ways import at_budget
 from .plots import plot, to_svg
 from .tables import groups, html_details, html_table, markdown_table
 
