@@ -108,3 +108,10 @@ def test_transparency_and_orientation(tmp_path):
     assert (root.attrib['width'], root.attrib['height']) == ('10', '16')
     path, = (e.attrib['d'] for e in root if e.tag.endswith('path'))
     assert path == 'm0 64v-32h40v32z'  # the lower half, four units a pixel
+
+
+def test_a_file_named_as_the_folder_is_refused(tmp_path):
+    Image.effect_noise((9, 8), 90).save(tmp_path / 'a.png')
+    result = run('vectorize', tmp_path / 'a.png', '--out', tmp_path / 'b.svg')
+    assert result.exit_code == 1 and 'b.svg is to be a folder' in result.stderr
+    assert not (tmp_path / 'b.svg').exists()

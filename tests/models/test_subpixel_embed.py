@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -146,3 +147,19 @@ def test_window_projection_is_the_convolution():
     windows = torch.randn(5, 3, 8, 8)
     expected = torch.nn.functional.conv2d(windows, projection.weight, projection.bias, stride=8)
     torch.testing.assert_close(projection(windows), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('shape, says', [
+    ((2, 1, 64, 64), r'\(2, 1, 64, 64\) have 1 channels, the model takes 3'),
+    ((2, 4, 64, 64), r'\(2, 4, 64, 64\) have 4 channels, the model takes 3'),
+    ((0, 3, 64, 64), r'\(0, 3, 64, 64\) hold no image: give at least one'),
+])
+def test_images_of_other_channels_or_none_are_refused(shape, says):
+    model = timm.create_model('spot_vit_pico_patch8_64', depth=1)
+    images = torch.zeros(shape)
+    with pytest.raises(ValueError, match=says):
+        model(images)
+    with pytest.raises(ValueError, match=says):
+        model.place(images)
+    with pytest.raises(ValueError, match=says):
+        model(images, positions=torch.full((4, 2), 0.5))

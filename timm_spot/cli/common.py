@@ -181,10 +181,10 @@ def kinds_of(model: nn.Module) -> tuple[str, ...]:
 def warn_of_foreign(files: list[str]) -> None:
     """Say of pictures that a model of digits is given, if there are any, that it reads no such."""
     if files:
-        more = f' and {len(files) - 1} more' if len(files) > 1 else ''
+        more, kind = (f' and {len(files) - 1} more', 'are none') if len(files) > 1 else ('', 'is none')
         click.secho(
-            f'warning: this model reads digits on canvases of 64 x 64 pixels; {printable(files[0])}{more} is no such '
-            'picture: for photographs give another --model', fg='yellow', err=True)
+            f'warning: this model reads digits on canvases of 64 x 64 pixels; {printable(files[0])}{more} {kind}: '
+            'for photographs give another --model', fg='yellow', err=True)
 
 
 def report_broken(messages: list[str]) -> None:

@@ -46,6 +46,8 @@ def vectorize(
     and the exit status is 1.
     """
     with clean_errors():
+        if out.suffix.lower() == '.svg' and not out.is_dir():
+            raise ValueError(f'out={printable(out)} is to be a folder, in which each picture is drawn under its name.')
         detail = Detail(regions, max_kb, psnr, tolerance, mode)
         pictures = Pictures(images, alpha=True)
         broken = list(pictures.broken)

@@ -18,7 +18,7 @@ from .subpixel_embed import SubpixelEmbed
 
 def place_images(placer: Placer, embed: SubpixelEmbed, images: torch.Tensor) -> torch.Tensor:
     """Placement (B, N, 2), or (B, N, 4) with sizes, that a model's placer gives images, in float32 or finer."""
-    check_images(images, embed.window)
+    check_images(images, embed.window, embed.in_chans)
     if not placer.reads_images:
         return placer(images)
     images = embed.normalize(images)

@@ -186,7 +186,7 @@ class SubpixelEmbed(nn.Module):
         return self.normalization(images)
 
     def forward(self, x: torch.Tensor, placement: torch.Tensor) -> torch.Tensor:
-        check_images(x, self.window)
+        check_images(x, self.window, self.in_chans)
         check_placement(placement, x)
         positions, spacing = split_placement(placement.expand(x.shape[0], -1, -1))
         if spacing is not None:

@@ -38,12 +38,19 @@ def check_sized(convention: str, what: str) -> None:
             "as in the released checkpoints: sizes need convention='patch'.")
 
 
-def check_images(images: torch.Tensor, window: int) -> None:
-    """Raise TypeError or ValueError unless `images` is (B, C, H, W) with room for one window."""
+def check_images(images: torch.Tensor, window: int, channels: int | None = None) -> None:
+    """Raise TypeError or ValueError unless `images` is (B, C, H, W), of `channels`, with room for one window."""
     if not isinstance(images, torch.Tensor):
         raise TypeError(f'images must be a tensor of shape (B, C, H, W), got {type(images).__name__}.')
     if images.ndim != 4:
         raise ValueError(f'images must have shape (B, C, H, W), got {tuple(images.shape)}.')
+    if channels not in (None, images.shape[1]):
+        raise ValueError(
+            f'images of shape {tuple(images.shape)} have {images.shape[1]} channels, the model takes {channels}: '
+            'convert them, or make the model with another in_chans.')
+    # A captured graph keeps its batch free: no guard on it.
+    if not torch.compiler.is_compiling() and images.shape[0] < 1:
+        raise ValueError(f'images of shape {tuple(images.shape)} hold no image: give at least one.')
     if min(images.shape[-2:]) < window:
         raise ValueError(
             f'images of {images.shape[-2]} x {images.shape[-1]} px are smaller than one window of {window} x {window}.'

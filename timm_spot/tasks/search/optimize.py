@@ -131,15 +131,9 @@ def optimize_positions(
 def _check_inputs(model: nn.Module, images: torch.Tensor, targets: torch.Tensor | None, search: Search) -> None:
     if not isinstance(getattr(model, 'patch_embed', None), SubpixelEmbed):
         raise TypeError(f'model must be a subpixel ViT, such as a spot_vit of timm, got {type(model).__name__}.')
-    check_images(images, model.patch_embed.window)
+    check_images(images, model.patch_embed.window, model.patch_embed.in_chans)
     if 'size' in search.optimize:
         check_sized(model.patch_embed.convention, f'optimize={search.optimize!r} moves sizes')
-    if not len(images):
-        raise ValueError(f'images of shape {tuple(images.shape)} hold no image.')
-    channels = model.patch_embed.proj.in_channels
-    if images.shape[1] != channels:
-        raise ValueError(
-            f'images of shape {tuple(images.shape)} have {images.shape[1]} channels, the model takes {channels}.')
     if targets is not None:
         _check_targets(targets, images, model.num_classes)
     elif 'targets' in get_objective(search.objective)[1]:
