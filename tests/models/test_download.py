@@ -16,6 +16,7 @@ from hub_server import Client, HubServer
 from safetensors.torch import save, save_file
 from timm.models import PretrainedCfg, save_for_hf
 
+from timm_spot.models import download
 from timm_spot.models.download import check_source, find_in_folder
 
 TINY = dict(depth=4, img_size=64, num_classes=3)
@@ -268,3 +269,10 @@ def test_configs_without_weights_pass():
     cfg = PretrainedCfg()
     assert check_source(cfg).cfg is cfg
     assert timm.get_pretrained_cfg('vit_tiny_patch16_224').hf_hub_id  # which is why no test asks for its weights
+
+
+def test_the_cache_is_asked_for_the_revision(monkeypatch):
+    asked = []
+    monkeypatch.setattr(download, 'try_to_load_from_cache', lambda *names, **given: asked.append((names, given)))
+    assert download._find_cached('lab/pico', 'v1', ['a', 'b'], None) is None
+    assert asked == [(('lab/pico', name), dict(cache_dir=None, revision='v1')) for name in 'ab']

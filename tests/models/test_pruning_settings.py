@@ -141,3 +141,8 @@ def test_copies_of_a_model_that_merges():
     assert model.pruned(keep_rate=0.5).r is None and model.pruned(scorer='norm').r is None
     assert torch.equal(model.pruned(0.5, 'norm')(x), timm_spot.sparsify(backbone(), 0.5, scorer='norm')(x))
     assert model.r == (2, 2, 2, 2)
+
+
+def test_a_copy_at_another_keep_rate_draws_by_the_same_seed():
+    model = timm_spot.sparsify(backbone(), 0.5, scorer='random', scorer_seed=5)
+    assert model.pruned(0.25).plan.scorer_seed == 5 and model.pruned(scorer_seed=0).plan.scorer_seed == 0

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from timm_spot import sample_windows
+from timm_spot.ops.windows import gather_blocks, read_windows
 
 
 def by_hand(image, index_y, index_x):
@@ -250,3 +251,23 @@ def test_sizes_are_for_patch_and_have_an_argument_of_their_own():
         sample_windows(images, torch.rand(1, 3, 2), 4, 'spot', spacing=2.)
     with pytest.raises(ValueError, match=r'shape \(1, N, 2\) or \(N, 2\), got \(1, 3, 3\): spacings are given by'):
         sample_windows(images, torch.rand(1, 3, 3), 4)
+
+
+def test_a_window_may_be_as_coarse_as_the_longer_side():
+    images, middle = torch.rand(1, 1, 4, 6), torch.tensor([[0.5, 0.5]])
+    assert sample_windows(images, middle, 2, spacing=6.).shape == (1, 1, 1, 2, 2)
+    with pytest.raises(ValueError, match=r'is at most the longer side of the image, 6'):
+        sample_windows(images, middle, 2, spacing=6.01)
+
+
+@pytest.mark.parametrize('window', [3, 4])
+def test_a_block_holds_all_that_its_window_reads(window):
+    images, positions = torch.rand(2, 3, 12, 15), torch.rand(2, 300, 2, requires_grad=True)
+    blocks, inside = gather_blocks(images, positions, window)
+    found = read_windows(blocks, inside, window, 'patch').view(2, 300, 3, window, window)
+    expected = read_windows(images, positions, window, 'patch')
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    weights = torch.randn_like(found)
+    # The derivative reads half a pixel further on both sides.
+    gradients = [torch.autograd.grad((out * weights).sum(), positions)[0] for out in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-2)
