@@ -26,7 +26,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import click
@@ -78,13 +78,11 @@ def at(sampler: str, *coverages: float) -> dict[str, dict[str, object]]:
     return {f'{sampler}, {c:g}': dict(eval_sampler=sampler, eval_coverage=c) for c in coverages}
 
 
+RANGE = BUDGETS[0], BUDGETS[-1]
 ENERGY = dict(sampler='salient_lattice', saliency='energy')
-ALL_SIZES = dict(n_tokens=(BUDGETS[0], BUDGETS[-1]), coverage=(0., 1.), saliency='energy')
+ALL_SIZES = dict(n_tokens=RANGE, coverage=(0., 1.), saliency='energy')
 EVERYWHERE = at('isotropic', 1., 0.5, 0.) | at('center', 1.) | at('salient_lattice', 1., 0.5)
-
-
-def all_budgets(placements: dict[str, dict[str, object]], **kwargs: object) -> Row:
-    return Row(dict(n_tokens=(BUDGETS[0], BUDGETS[-1])) | kwargs, placements)
+BY_DENSITY = {f'density, {c:g}': dict(eval_coverage=c) for c in (1., 0.5)}
 
 
 def at_25(placements: dict[str, dict[str, object]], **kwargs: object) -> Row:
@@ -96,10 +94,9 @@ ROWS = {
     'all sizes': Row(ALL_SIZES, at('isotropic', 1., 0.)),
     'distilled': Row(ALL_SIZES, EVERYWHERE, start='all sizes', taught=True),
     **{f'low-res {n}, longer': Row(budgets=(n,), start=f'low-res {n}') for n in BUDGETS},
-    'covering': all_budgets(at('isotropic', 1.) | at('center', 1.), coverage=1.),
-    'looking': all_budgets(at('salient_lattice', 1., 0.5), coverage=(0.5, 1.), **ENERGY),
-    'placer': all_budgets({'density, 1': dict(eval_coverage=1.), 'density, 0.5': dict(eval_coverage=0.5)},
-                          coverage=(0.5, 1.), placer='density'),
+    'covering': Row(dict(n_tokens=RANGE, coverage=1.), at('isotropic', 1.) | at('center', 1.)),
+    'looking': Row(dict(n_tokens=RANGE, coverage=(0.5, 1.)) | ENERGY, at('salient_lattice', 1., 0.5)),
+    'placer': Row(dict(n_tokens=RANGE, coverage=(0.5, 1.), placer='density'), BY_DENSITY),
     # what makes sparse tokens better, one by one
     'fine at 25': at_25(at('isotropic', 0.), coverage=0.),
     'covering at 25': at_25(at('isotropic', 1.), coverage=1.),
@@ -111,8 +108,7 @@ ROWS = {
     'mixed at 25': at_25(at('coarse+center', 0.), coverage=0., sampler='coarse+center'),
     'random patches at 25': at_25(at('grid_uniform', 0.), coverage=0., sampler='grid_uniform'),
     'looking at 25': at_25(at('salient_lattice', 1., 0.5), coverage=(0.5, 1.), **ENERGY),
-    'placer at 25': at_25({'density, 1': dict(eval_coverage=1.), 'density, 0.5': dict(eval_coverage=0.5)},
-                          coverage=(0.5, 1.), placer='density'),
+    'placer at 25': at_25(BY_DENSITY, coverage=(0.5, 1.), placer='density'),
 }
 MAIN = (*(f'low-res {n}' for n in BUDGETS), 'all sizes', 'distilled')
 
@@ -169,7 +165,7 @@ def source(name: str, seed: int, runs: Runs) -> list[str]:
     """Options of train.py that say what is trained and where it starts."""
     row = ROWS[name]
     if row.start or Path(runs.weights).is_dir():
-        earlier = runs if row.start else Runs(runs.data, '', runs.script, Path(runs.weights), runs.epochs)
+        earlier = runs if row.start else replace(runs, out=Path(runs.weights))
         checkpoint = earlier.checkpoint(row.start or (name if row.kwargs is None else 'distilled'), seed)
         folder = runs.out / 'start' / file_name(name, seed)
         start = create(row, runs.num_classes, checkpoint)
@@ -223,15 +219,15 @@ def right(model: torch.nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor
 
 def judge(name: str, seed: int, checkpoint: Path, runs: Runs) -> None:
     """Keeps the model, and which pictures are right for each placement and budget."""
-    row, folder = ROWS[name], runs.out / 'right'
+    row, folder, kept = ROWS[name], runs.out / 'right', runs.out / 'models' / file_name(name, seed)
     folder.mkdir(parents=True, exist_ok=True)
     where = {(p, n): folder / f'{name}; {p}; {n}; {seed}.npy' for p in row.placements or [''] for n in row.budgets}
     missing = {k: path for k, path in where.items() if not path.exists()}
-    if not missing:
+    if not missing and kept.exists():
         return
     model = create(row, runs.num_classes, checkpoint)
-    save(model, row, runs.out / 'models' / file_name(name, seed), runs.classes)
-    batches = list(pictures(row, runs.data))
+    save(model, row, kept, runs.classes)
+    batches = list(pictures(row, runs.data)) if missing else []
     for (placement, n_tokens), path in tqdm(missing.items(), desc=name, disable=None):
         if placement:
             model.set_placement(eval_n_tokens=n_tokens, **row.placements[placement])
