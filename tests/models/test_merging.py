@@ -42,7 +42,7 @@ def images(count=3, size=32):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def merged_by_hand(vit, image, r):
+def merged_by_hand(vit, image, r, similarity=2.):
     """The paper's words, token by token, of one image: its tokens (lists of the image's that each stands for) and x.
 
     Tokens that stand for several are put before the attention as often as they stand for one.
@@ -58,9 +58,9 @@ def merged_by_hand(vit, image, r):
         keys = block.attn.qkv(y).unflatten(1, (3, block.attn.num_heads, -1))[:, 1]
         keys = torch.nn.functional.normalize(block.attn.k_norm(keys).mean(dim=1), dim=1)
         ours, others = ([i for i in range(n_prefix, len(x)) if i % 2 == odd] for odd in (0, 1))
-        n_merged = min(n_merged, (len(x) - n_prefix) // 2)
+        best = {i: max((keys[i] @ keys[j]).item() for j in others) for i in ours}
+        n_merged = max(min(n_merged, (len(x) - n_prefix) // 2), sum(cosine >= similarity for cosine in best.values()))
         if n_merged:
-            best = {i: max((keys[i] @ keys[j]).item() for j in others) for i in ours}
             partner = {i: max(others, key=lambda j: keys[i] @ keys[j]) for i in ours}
             ranked = sorted(ours, key=lambda i: -best[i])
             left = sorted(ranked[n_merged:]) if n_prefix else ranked[n_merged:]
@@ -88,6 +88,52 @@ def test_tokens_sources_and_logits_are_those_of_the_paper(kind, r):
         repeated = expected[[k for k, tokens in enumerate(held) for _ in tokens]][None]
         torch.testing.assert_close(logits[i:i + 1], vit.forward_head(repeated), atol=1e-4, rtol=1e-4)
     assert sources.dtype == torch.int64
+
+
+@pytest.mark.parametrize('kind', BACKBONES)
+@torch.no_grad()
+def test_pairs_as_alike_as_asked_are_merged_whatever_the_neighbours(kind):
+    vit, x = backbone(**BACKBONES[kind]), images()
+    model, n_prefix = timm_spot.sparsify(vit, scorer='merge', similarity=0.55), vit.num_prefix_tokens
+    features, sources, logits = model.forward_features(x), model.token_sources(x), model(x)
+    maps = model.forward_intermediates(x, norm=True, intermediates_only=True)[-1]
+    counts = []
+    for i, image in enumerate(x):
+        held, expected = merged_by_hand(vit, image, (0,) * 4, 0.55)
+        counts.append(len(held))
+        last = expected[-1:].expand(features.shape[1] - len(held), -1)  # repeated behind those of other images
+        torch.testing.assert_close(features[i], torch.cat([expected, last]), atol=1e-4, rtol=1e-4)
+        assert sources[i].tolist() == [
+            next(k for k, tokens in enumerate(held[n_prefix:]) if token in tokens) for token in range(16)]
+        torch.testing.assert_close(maps[i].flatten(1).T, expected[n_prefix:][sources[i]], atol=1e-4, rtol=1e-4)
+        repeated = expected[[k for k, tokens in enumerate(held) for _ in tokens]][None]
+        torch.testing.assert_close(logits[i:i + 1], vit.forward_head(repeated), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits[i:i + 1], model(image[None]), atol=1e-5, rtol=1e-5)
+    assert len(set(counts)) > 1 and features.shape[1] == max(counts)
+
+
+@torch.no_grad()
+def test_nothing_alike_leaves_the_backbone():
+    vit, x = backbone(), images()
+    torch.testing.assert_close(timm_spot.sparsify(vit, scorer='merge', similarity=1)(x), vit(x), atol=1e-6, rtol=1e-6)
+    all_alike = timm_spot.sparsify(vit, scorer='merge', similarity=-1.)
+    assert all_alike.forward_features(x).shape[1] == 1 + 1 and all_alike(x).isfinite().all()  # 16, 8, 4, 2, 1
+
+
+def test_graphs_cannot_hold_counts_that_depend_on_the_image():
+    model, x = timm_spot.sparsify(backbone(), scorer='merge', similarity=0.6), images()
+    message = r'similarity=0.6: how many tokens .* set_merging\(r\) first'
+    with pytest.raises(ValueError, match=message):
+        torch.export.export(model, (x,))
+    with pytest.raises(ValueError, match=message):
+        NodePathTracer(leaf_modules=get_notrace_modules(), param_shapes_constant=True).trace(model)
+    with pytest.raises(ValueError, match=message):
+        model.to('meta')(x.to('meta'))
+    torch.compiler.reset()
+    model = timm_spot.sparsify(backbone(), scorer='merge', similarity=0.6)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
+        torch.compile(model, fullgraph=True, backend='eager')(x)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize('name', [
@@ -173,8 +219,9 @@ def test_fused_and_unfused_backbones_agree():
     torch.testing.assert_close(timm_spot.sparsify(vit, scorer='merge', r=3)(x), fused(x), atol=1e-5, rtol=1e-5)
 
 
-def test_training_reaches_every_parameter_and_checkpoints_change_nothing():
-    model, x = timm_spot.sparsify(backbone(), scorer='merge', r=3).train(), images()
+@pytest.mark.parametrize('keywords', [dict(r=3), dict(similarity=0.55)])
+def test_training_reaches_every_parameter_and_checkpoints_change_nothing(keywords):
+    model, x = timm_spot.sparsify(backbone(), scorer='merge', **keywords).train(), images()
     gradients = []
     for enable in (False, True):
         model.zero_grad()

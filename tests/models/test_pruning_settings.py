@@ -101,6 +101,35 @@ def test_merging_is_set_beside_the_keep_rate_or_instead_of_it():
     assert (model.drops, model.merges, count_left(model)) == (True, True, 1)
 
 
+def test_similarity_takes_the_place_of_the_number_to_merge():
+    model = timm_spot.sparsify(backbone(), scorer='merge', similarity=0.9)
+    assert (model.similarity, model.r, model.drops, model.merges, model.rate) == (
+        0.9, None, False, True, 'similarity=0.9')
+    model.set_merging(2)
+    assert (model.similarity, model.r, count_left(model)) == (None, (2, 2, 2, 2), 8)
+    model.set_merging(similarity=-1.)
+    assert (model.similarity, model.r, count_left(model)) == (-1., None, 1)
+    assert model.pruned().similarity == -1. and model.pruned(keep_rate=0.5).similarity is None
+    model.set_flops(0.7)
+    assert model.similarity is None and model.r is not None
+    model.set_merging(similarity=0.5)
+    model.set_scorer('norm')
+    assert (model.similarity, model.drops) == (None, True)
+
+
+@pytest.mark.parametrize('keywords, error, message', [
+    (dict(similarity=1.5), ValueError, 'similarity=1.5 must be from -1 to 1'),
+    (dict(similarity=float('nan')), ValueError, 'similarity=nan must be'),
+    (dict(similarity='0.9'), TypeError, "similarity must be a number, got '0.9'"),
+    (dict(similarity=True), TypeError, 'similarity must be a number, got True'),
+    (dict(similarity=0.9, r=3), ValueError, r'similarity=0.9 and r=\[3, 3, 3, 3\] both say'),
+    (dict(similarity=0.9, scorer='norm'), ValueError, "similarity=0.9 needs scorer='merge': scorer='norm'"),
+])
+def test_wrong_similarity(keywords, error, message):
+    with pytest.raises(error, match=message):
+        timm_spot.sparsify(backbone(), **{'scorer': 'merge', **keywords})
+
+
 @pytest.mark.parametrize('r, error, message', [
     (-1, ValueError, 'r=-1 must be 0 or more'),
     ([1, 2], ValueError, r'r=\[1, 2\] must be .* one number for each of the 4 blocks'),
@@ -120,17 +149,19 @@ def test_a_keep_rate_that_merging_cannot_reach():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('r', [2, [3, 2, 0, 1]])
-def test_a_model_that_merges_is_saved_and_built_again(r, tmp_path):
+@pytest.mark.parametrize('keywords, left', [(dict(r=2), 8), (dict(r=[3, 2, 0, 1]), 10), (dict(similarity=-1.), 1)])
+def test_a_model_that_merges_is_saved_and_built_again(keywords, left, tmp_path):
     small = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5)
-    model = timm.create_model('relevance_vit', scorer='merge', r=r, backbone='vit_tiny_patch16_224', **small).eval()
-    assert count_left(model) == 16 - (8 if r == 2 else 6)
+    model = timm.create_model(
+        'relevance_vit', scorer='merge', backbone='vit_tiny_patch16_224', **keywords, **small).eval()
+    assert count_left(model) == left
     changed = model.pruned()
     changed.set_merging([1, 0, 0, 0])
     for name, saved in dict(model=model, changed=changed).items():
         save_for_hf(saved, str(tmp_path / name), safe_serialization=True)
         loaded = timm.create_model(f'local-dir:{tmp_path / name}', pretrained=True).eval()
-        assert loaded.r == saved.r and torch.equal(loaded(images()), saved(images()))
+        assert (loaded.r, loaded.similarity) == (saved.r, saved.similarity)
+        assert torch.equal(loaded(images()), saved(images()))
     assert model.r != changed.r
 
 

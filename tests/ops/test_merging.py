@@ -40,6 +40,20 @@ def test_the_most_similar_pairs_are_merged_lengths_and_prefix_aside():
     assert matched(keys, 3, 1) == [[0, 1, 3, 5], [4, 2, 6], [3, 1, 2]]
 
 
+def test_pairs_as_alike_as_asked_are_merged():
+    keys = keys_at(44, 44, 40, 0, 90, 91, 10)  # 4 and 5 are 1 degree apart, 2 and 1 four, 6 and 3 ten
+
+    def merged(degrees, keys=keys, n_prefix=1):
+        matching = match_tokens(keys, None, n_prefix, torch.tensor(degrees).deg2rad().cos().item())
+        return [index[0].tolist() for index in matching]
+
+    assert merged(5.) == matched(keys, 2, 1) and merged(11.) == matched(keys, 3, 1)
+    assert merged(0.5)[1] == []
+    assert merged(90., keys_at(0, 9, 50, 55, 90), 0) == [[1, 3], [2, 0, 4], [1, 0, 1]]  # more than half of five
+    with pytest.raises(ValueError, match='2 images differ in how many pairs are alike'):
+        match_tokens(torch.ones(2, 1, 5, 2), None, 1, 0.9)
+
+
 def test_two_prefix_tokens_are_no_partners():
     # The second of the prefix would be the best partner of token 2.
     assert matched(keys_at(0, 40, 40, 0, 90, 70), 1, 2) == [[0, 1, 2, 3, 5], [4], [4]]

@@ -4,6 +4,7 @@ Paper: `Token Merging: Your ViT But Faster` - https://arxiv.org/abs/2210.09461
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,35 +59,51 @@ def drop_carried(x: Carried, kept: torch.Tensor, num_prefix_tokens: int) -> Carr
 def merge_block(
         block: nn.Module,
         x: Carried,
-        r: int,
+        r: int | None,
         num_prefix_tokens: int,
         read: bool = False,
+        similarity: float | None = None,
 ) -> tuple[Carried, Matching | None, torch.Tensor | None]:
-    """One of timm's `Block`, which merges r tokens between its attention and its MLP.
+    """One of timm's `Block`, which merges tokens between its attention and its MLP.
 
     Args:
         block: Of timm's class, with its `Attention`, which stays fused.
         x: Before it.
-        r: How many tokens are merged, at most half of the image's.
+        r: How many tokens are merged, at most half of the image's; None for those of one image that are alike.
         num_prefix_tokens: They are never merged.
         read: Whether the attention is wanted.
+        similarity: Least cosine of keys that are alike, see `match_tokens`.
 
     Returns:
-        What is behind the block, what was merged (None with r=0), and with `read` its attention (B, heads, L, L), of
+        What is behind the block, what was merged (None for nothing), and with `read` its attention (B, heads, L, L), of
         the L tokens before it.
     """
-    if r == 0:
+    if r == 0 or x.tokens.shape[1] - num_prefix_tokens < 2:
         return _keep_all(block, x, read)
     layer, taps = tap_attention(block.attn) if read else (block.attn, [])
     layer, keys = tap_keys(layer)
     y, sizes, sources = x
     y = y + block.drop_path1(block.ls1(layer(block.norm1(y), attn_mask=x.bias())))
-    matching = match_tokens(keys.keys, r, num_prefix_tokens)
-    y, sizes = merge_tokens(y, sizes, matching)
-    if sources is not None:
-        sources = follow_merge(sources, matching, num_prefix_tokens)
+    matching: Matching | None = match_tokens(keys.keys, r, num_prefix_tokens, similarity)
+    if matching.merged.shape[1]:
+        y, sizes = merge_tokens(y, sizes, matching)
+        sources = None if sources is None else follow_merge(sources, matching, num_prefix_tokens)
+    else:  # none are alike: all stay in their order
+        matching = None
     y = y + block.drop_path2(block.ls2(block.mlp(block.norm2(y))))
     return Carried(y, sizes, sources), matching, taps[0].matrix if read else None
+
+
+def join_carried(images: Sequence[Carried]) -> Carried:
+    """Several images as one batch: in one that has fewer tokens the last is repeated, with a size of 0."""
+    length = max(x.tokens.shape[1] for x in images)
+    tokens = torch.cat([
+        F.pad(x.tokens.mT, (0, length - x.tokens.shape[1]), mode='replicate').mT for x in images])
+    sizes = [
+        F.pad(torch.ones_like(x.tokens[:, :, 0], dtype=torch.float32) if x.sizes is None else x.sizes,
+              (0, length - x.tokens.shape[1])) for x in images]
+    sources = [x.sources for x in images if x.sources is not None]
+    return Carried(tokens, torch.cat(sizes), torch.cat(sources) if sources else None)
 
 
 def restore_tokens(x: Carried, num_prefix_tokens: int, positions: torch.Tensor | None) -> Carried:

@@ -13,12 +13,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ..ops.attention import check_keep_rate
 from ..ops.merging import plan_counts
 from ._features import Intermediates, format_intermediates, tokens_to_map
 from ._timm import feature_take_indices
-from .merging import Carried, pool_weighted, restore_tokens
+from .merging import Carried, join_carried, pool_weighted, restore_tokens
 from .pruning_passes import Dropped, drop_tokens, mask_tokens
 from .pruning_settings import PruningSettings, pop_pruning
 
@@ -41,8 +42,9 @@ class TokenPruning(PruningSettings):
 
     Merging needs no training: between attention and MLP of a block the r image tokens most like another one are joined
     to it, as their mean; attention and mean pooling count a token as often as it stands for tokens. The scorer 'merge'
-    drops none: with `r` each block merges as many, without it as many are left in front of each stage as by any other
-    scorer. With another scorer and `r`, tokens are dropped and merged.
+    drops none: with `r` each block merges as many, with `similarity` all pairs whose keys are so much alike; without
+    both as many are left in front of each stage as by any other scorer. With another scorer and `r`, tokens are dropped
+    and merged.
 
     Args:
         *args: Of the ViT.
@@ -57,11 +59,14 @@ class TokenPruning(PruningSettings):
         scorer_seed: Of the scorer 'random', which draws once for each count of tokens.
         r: How many tokens each block merges, or a list of one number for each block; half of the tokens at most are
             merged in one.
+        similarity: Least cosine of keys, in [-1, 1], at which every block merges a token with the one most like it;
+            images then differ in count and pass the blocks one by one. With the scorer 'merge', in place of `r`.
         **kwargs: Of the ViT.
 
     Raises:
         ValueError: keep_rate outside (0, 1]; stages out of order or past the depth; an unknown scorer; an `r` that does
-            not fit the blocks; blocks that are not timm's `Block` with its `Attention`.
+            not fit the blocks; a `similarity` outside [-1, 1], or beside `r` or another scorer; blocks that are not
+            timm's `Block` with its `Attention`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -76,9 +81,20 @@ class TokenPruning(PruningSettings):
             take: Sequence[int] = (),
             track: bool = False,
     ) -> Dropped:
-        n, plan = x.shape[1] - self.num_prefix_tokens, self.plan
-        counts, merges = plan_counts(n, len(self.blocks), plan.stages, self._shares, plan.r, plan.merges_alone)
-        merging = {i: merges[i] for i in plan.merging_blocks(self._below_1) if i < len(self.blocks)}
+        if self.similarity is None:
+            return self._drop_batch(x, n_blocks, take, track)
+        check_eager(x, self.similarity)
+        images = [self._drop_batch(one, n_blocks, take, track) for one in x.split(1)]
+        taken = [join_carried(tokens) for tokens in zip(*(image.taken for image in images))]
+        return Dropped(join_carried([image.last for image in images]), [], taken)
+
+    def _drop_batch(self, x: torch.Tensor, n_blocks: int | None, take: Sequence[int], track: bool) -> Dropped:
+        n, plan, depth = x.shape[1] - self.num_prefix_tokens, self.plan, len(self.blocks)
+        counts: list[int] = []
+        merging: dict[int, int | None] = dict.fromkeys(range(depth))
+        if self.similarity is None:
+            counts, merges = plan_counts(n, depth, plan.stages, self._shares, plan.r, plan.merges_alone)
+            merging = {i: merges[i] for i in plan.merging_blocks(self._below_1) if i < depth}
         carried = Carried(x, sources=torch.arange(n, device=x.device).expand(x.shape[0], -1) if track else None)
         return drop_tokens(self, carried, plan, counts, self.predictors, n_blocks, take, merging)
 
@@ -123,11 +139,26 @@ class TokenPruning(PruningSettings):
         """Embedded tokens to those left after the last block, normalised, (B, prefix + count, D)."""
         return self.join_predictors(self.norm(self._drop(x).last.tokens))
 
-    def forward_merged(self, x: torch.Tensor) -> torch.Tensor:
-        """Embedded tokens to logits (B, classes), tokens in proportion to their size where they are pooled."""
-        tokens, sizes, _ = self._drop(x).last
-        tokens = self.norm(tokens)
-        return self.forward_head(tokens) if sizes is None else self._weighted_head(tokens, sizes)
+    def forward_sized(self, x: torch.Tensor, **placement: torch.Tensor) -> Carried:
+        """Images (B, C, H, W) to what `forward_head` takes where tokens are merged: those left, normalised, with sizes.
+
+        Args:
+            x: Images (B, C, H, W).
+            **placement: `positions`, for a subpixel ViT.
+        """
+        last = self._drop(self._embed(x, **placement)).last
+        return last._replace(tokens=self.join_predictors(self.norm(last.tokens)))
+
+    def forward_head(self, x: torch.Tensor | Carried, pre_logits: bool = False) -> torch.Tensor:
+        """Tokens (B, prefix + count, D) to logits (B, num_classes); with `pre_logits` what the classifier is given.
+
+        Tokens that `forward_sized` gave are pooled in proportion to their size.
+        """
+        if not isinstance(x, Carried):
+            return super().forward_head(x, pre_logits)
+        if x.sizes is None:
+            return super().forward_head(x.tokens, pre_logits)
+        return self._weighted_head(x.tokens, x.sizes, pre_logits)
 
     def forward_masked(
             self,
@@ -168,9 +199,10 @@ class TokenPruning(PruningSettings):
         keep = torch.cat([keep.new_ones((keep.shape[0], self.num_prefix_tokens)), keep], dim=1)
         return MaskedOutput(self._weighted_head(x, keep), x, masks)
 
-    def _weighted_head(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def _weighted_head(self, x: torch.Tensor, weights: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Logits of tokens (B, prefix + n, D), each pooled as much as its weight, of (B, prefix + n), says."""
-        return self.head(self.head_drop(self.fc_norm(pool_weighted(self, x, weights))))
+        x = self.head_drop(self.fc_norm(pool_weighted(self, x, weights)))
+        return x if pre_logits else self.head(x)
 
     def join_predictors(self, x: torch.Tensor) -> torch.Tensor:
         """The same tensor, with predictors that had no part in it joined to its graph, for a gradient of zero.
@@ -229,12 +261,26 @@ class TokenPruning(PruningSettings):
             tokens, last, self.num_prefix_tokens, return_prefix_tokens, output_dict, to_map)
 
 
+def features_for_head(model: nn.Module, images: torch.Tensor, **placement: torch.Tensor) -> torch.Tensor | Carried:
+    """What `model.forward_head` takes to give the model's logits: where tokens are merged, with their sizes."""
+    merges = isinstance(model, TokenPruning) and model.merges
+    return (model.forward_sized if merges else model.forward_features)(images, **placement)
+
+
 def check_no_mask(attn_mask: torch.Tensor | None, is_causal: bool) -> None:
     """Raise ValueError for a mask of all tokens, where some are dropped or merged."""
     if attn_mask is not None or is_causal:
         raise ValueError(
             'attn_mask and is_causal speak of all tokens, and some are dropped or merged on the way: set_keep_rate(1) '
             'first.')
+
+
+def check_eager(x: torch.Tensor, similarity: float) -> None:
+    """Raise ValueError where no values are known by which tokens could be counted: in a graph, on the meta device."""
+    if isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta:
+        raise ValueError(
+            f'similarity={similarity}: how many tokens are merged depends on the image, which no graph (export, ONNX, '
+            'fullgraph=True) can hold: set_merging(r) first.')
 
 
 torch.fx.wrap('plan_counts')  # a leaf of an FX graph, where counts are not known

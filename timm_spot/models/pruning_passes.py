@@ -31,6 +31,7 @@ class PruningPlan:
         read: 'last' or 'all', for a scorer that leaves the choice.
         scorer_seed: Of a scorer that draws.
         r: How many tokens each block merges; None for none, and with a scorer that merges for what the keep rate asks.
+        similarity: Least cosine of their keys at which every block merges tokens, in place of both.
     """
 
     stages: tuple[int, ...]
@@ -38,6 +39,7 @@ class PruningPlan:
     read: str = 'last'
     scorer_seed: int = 0
     r: tuple[int, ...] | None = None
+    similarity: float | None = None
 
     @property
     def merges_alone(self) -> bool:
@@ -73,12 +75,14 @@ def make_plan(
         read: str = 'last',
         scorer_seed: int = 0,
         r: int | Sequence[int] | None = None,
+        similarity: float | None = None,
 ) -> PruningPlan:
     """The plan for a ViT of `depth` blocks; by default tokens fall after a quarter, a half and three quarters of them.
 
     Raises:
         TypeError, ValueError: Stages that are no ints, out of order or past the depth; an unknown scorer or `read`; an
-            `r` that is no int and no list of one int for each block, or negative.
+            `r` that is no int and no list of one int for each block, or negative; a `similarity` that is no number in
+            [-1, 1], or beside `r` or a scorer that drops tokens.
     """
     if stages is None:
         stages = sorted({max(1, quarters * depth // 4) for quarters in (1, 2, 3)})
@@ -93,7 +97,23 @@ def make_plan(
     get_scorer(scorer)
     if read not in ('all', 'last'):
         raise ValueError(f'read={read!r} is unknown, use one of all, last.')
-    return PruningPlan(stages, scorer, read, scorer_seed, None if r is None else _list_merges(r, depth))
+    plan = PruningPlan(stages, scorer, read, scorer_seed, None if r is None else _list_merges(r, depth), similarity)
+    if similarity is not None:
+        _check_similarity(plan, similarity)
+    return plan
+
+
+def _check_similarity(plan: PruningPlan, similarity: float) -> None:
+    if isinstance(similarity, bool) or not isinstance(similarity, (int, float)):
+        raise TypeError(f'similarity must be a number, got {similarity!r} ({type(similarity).__name__}).')
+    if not -1 <= similarity <= 1:
+        raise ValueError(f'similarity={similarity} must be from -1 to 1: the least cosine of keys that are merged.')
+    if plan.r is not None:
+        raise ValueError(f'similarity={similarity} and r={list(plan.r)} both say how many tokens are merged: give one.')
+    if not plan.merges_alone:
+        raise ValueError(
+            f"similarity={similarity} needs scorer='merge': scorer={plan.scorer!r} keeps a share of tokens whose count "
+            'it must know.')
 
 
 def _list_merges(r: int | Sequence[int], depth: int) -> tuple[int, ...]:
@@ -128,7 +148,7 @@ def drop_tokens(
         predictors: Sequence[nn.Module] = (),
         n_blocks: int | None = None,
         take: Sequence[int] = (),
-        merges: Mapping[int, int] | None = None,
+        merges: Mapping[int, int | None] | None = None,
 ) -> Dropped:
     """Tokens through the blocks of a ViT, those that score least dropped on the way, those most alike merged.
 
@@ -140,7 +160,7 @@ def drop_tokens(
         predictors: Of each stage, for a scorer that needs training.
         n_blocks: How many blocks to run, by default all.
         take: Indices of blocks after which the tokens are returned as well.
-        merges: How many tokens blocks merge, by their index.
+        merges: How many tokens blocks merge, by their index; None for those of one image that are alike.
     """
     n_prefix, merges = vit.num_prefix_tokens, merges or {}
     kept: list[torch.Tensor] = []
@@ -155,7 +175,8 @@ def drop_tokens(
         read = i in plan.read_blocks
         if i in merges:
             before = x.sizes
-            (tokens, sizes, sources), matching, attention = _run(vit, merge_block, block, x, merges[i], n_prefix, read)
+            (tokens, sizes, sources), matching, attention = _run(
+                vit, merge_block, block, x, merges[i], n_prefix, read, plan.similarity)
             x = Carried(tokens, sizes, None if x.sources is None else sources)  # an FX graph cannot see that it is None
         else:
             tokens, attention = _run_block(vit, block, x.tokens, read, bias=x.bias())

@@ -22,7 +22,7 @@ from .pruning_passes import make_plan
 from .pruning_predictor import RelevancePredictor
 from .pruning_scorers import get_scorer
 
-PRUNING_FIELDS = ('keep_rate', 'stages', 'scorer', 'read', 'scorer_seed', 'r')
+PRUNING_FIELDS = ('keep_rate', 'stages', 'scorer', 'read', 'scorer_seed', 'r', 'similarity')
 
 Model = TypeVar('Model', bound='PruningSettings')
 
@@ -38,10 +38,11 @@ class PruningSettings:
             read: str = 'last',
             scorer_seed: int = 0,
             r: int | Sequence[int] | None = None,
+            similarity: float | None = None,
     ) -> None:
         """What the constructor adds to a ViT; on its own, on one that is built already."""
         check_keep_rate(keep_rate)
-        plan = make_plan(len(self.blocks), stages, scorer, read, scorer_seed, r)
+        plan = make_plan(len(self.blocks), stages, scorer, read, scorer_seed, r, similarity)
         for i, block in enumerate(self.blocks):
             if type(block) is not Block or type(block.attn) is not Attention:
                 kind = type(block).__name__ if type(block) is not Block else type(block.attn).__name__
@@ -85,6 +86,11 @@ class PruningSettings:
         return self.plan.r
 
     @property
+    def similarity(self) -> float | None:
+        """Least cosine of the keys of tokens that are merged; None where their number is set."""
+        return self.plan.similarity
+
+    @property
     def drops(self) -> bool:
         """Whether any token is dropped: the keep rate is below 1."""
         return not self.plan.merges_alone and self._below_1
@@ -92,7 +98,7 @@ class PruningSettings:
     @property
     def merges(self) -> bool:
         """Whether any token is merged."""
-        return len(self.plan.merging_blocks(self._below_1)) > 0
+        return self.similarity is not None or len(self.plan.merging_blocks(self._below_1)) > 0
 
     @property
     def reduces(self) -> bool:
@@ -103,6 +109,8 @@ class PruningSettings:
     def rate(self) -> str:
         """What says how many tokens are left, in words."""
         keep_rate, r = f'keep_rate={self.keep_rate}', f'r={self.r and list(self.r)}'
+        if self.similarity is not None:
+            return f'similarity={self.similarity}'
         return keep_rate if self.r is None else r if self.plan.merges_alone else f'{keep_rate} and {r}'
 
     @property
@@ -117,18 +125,18 @@ class PruningSettings:
     def set_keep_rate(self, keep_rate: float) -> None:
         """Change the share of the tokens that each stage keeps, in (0, 1]; a saved model keeps the change.
 
-        With the scorer 'merge' it takes the place of `r`.
+        With the scorer 'merge' it takes the place of `r` and of `similarity`.
         """
         self.keep_rate = keep_rate
         update_model_args(self, keep_rate=keep_rate)
-        if self.plan.merges_alone and self.r is not None:
+        if self.plan.merges_alone and (self.r is not None or self.similarity is not None):
             self.set_merging(None)
 
-    def set_merging(self, r: int | Sequence[int] | None) -> None:
-        """Change how many tokens each block merges, see `TokenPruning`; a saved model keeps the change."""
+    def set_merging(self, r: int | Sequence[int] | None = None, similarity: float | None = None) -> None:
+        """Change how many tokens each block merges, or which, see `TokenPruning`; a saved model keeps the change."""
         plan = self.plan
-        self.plan = make_plan(len(self.blocks), plan.stages, plan.scorer, plan.read, plan.scorer_seed, r)
-        update_model_args(self, r=r if r is None or isinstance(r, int) else list(r))
+        self.plan = make_plan(len(self.blocks), plan.stages, plan.scorer, plan.read, plan.scorer_seed, r, similarity)
+        update_model_args(self, r=r if r is None or isinstance(r, int) else list(r), similarity=similarity)
 
     def set_flops(self, share: float) -> None:
         """Have at most this share of the dense model's multiply-adds, at the nominal image size.
@@ -169,7 +177,9 @@ class PruningSettings:
             f'stages={self.stages}.')
 
     def set_scorer(self, scorer: str, scorer_seed: int = 0) -> None:
-        """Judge tokens by a scorer that needs no training; predictors and `r` go. A saved model keeps the change.
+        """Judge tokens by a scorer that needs no training; predictors, `r` and `similarity` go.
+
+        A saved model keeps the change.
 
         Raises:
             ValueError: An unknown scorer, or 'relevance', whose predictors would be fresh.
@@ -177,7 +187,7 @@ class PruningSettings:
         if get_scorer(scorer).needs_training:
             raise ValueError(f'scorer={scorer!r} needs trained predictors: load a model that has them.')
         self.init_pruning(self.keep_rate, self.stages, scorer, scorer_seed=scorer_seed)
-        update_model_args(self, scorer=scorer, scorer_seed=scorer_seed, r=None)
+        update_model_args(self, scorer=scorer, scorer_seed=scorer_seed, r=None, similarity=None)
 
     def pruned(
             self: Model,

@@ -64,7 +64,7 @@ class RelevanceVisionTransformer(TokenPruning, VisionTransformer):
             return self.forward_masked(x).logits
         if self.merges:
             check_no_mask(attn_mask, is_causal)
-            return self.join_predictors(self.forward_merged(self._embed(x)))
+            return self.forward_head(self.forward_sized(x))
         return self.forward_head(self.forward_features(x, attn_mask, is_causal))
 
 
@@ -116,7 +116,7 @@ class RelevanceSubpixelVisionTransformer(TokenPruning, SubpixelVisionTransformer
             return self.forward_masked(x, positions=positions).logits
         if self.merges:
             check_no_mask(attn_mask, is_causal)
-            return self.join_predictors(self.forward_merged(self._embed(x, positions)))
+            return self.forward_head(self.forward_sized(x, positions=positions))
         return self.forward_head(self.forward_features(x, positions, attn_mask, is_causal))
 
 
@@ -134,6 +134,7 @@ def sparsify(
         read: str = 'last',
         scorer_seed: int = 0,
         r: int | Sequence[int] | None = None,
+        similarity: float | None = None,
         **model_keywords: Any,
 ) -> RelevanceVisionTransformer | RelevanceSubpixelVisionTransformer:
     """Turn any timm VisionTransformer, or a subpixel one, into one that drops the tokens that matter least.
@@ -151,16 +152,15 @@ def sparsify(
         read: Whose attention the predictors see: that of the 'last' block before the stage, or of 'all' since the
             previous one. A block that is read leaves fused attention.
         scorer_seed: Of the scorer 'random'.
-        r: How many tokens each block merges, or a list of one number for each block; without it scorer='merge' merges
-            as many as the keep rate asks.
+        r: How many tokens each block merges, or a list of one for each; else scorer='merge' goes by the keep rate.
+        similarity: In place of `r`, for scorer='merge': the least cosine of keys that are merged, image by image.
         **model_keywords: For a name, what `timm.create_model` takes, such as `pretrained=True`.
 
     Returns:
         The model, in the mode (train, eval), on the device and in the dtype of the source.
 
     Raises:
-        ValueError: A model that is no such ViT (the message says why), keep_rate outside (0, 1], stages out of order
-            or past the depth, an unknown scorer, an `r` that does not fit the blocks.
+        ValueError: A model that is no such ViT (the message says why); a setting that `TokenPruning` refuses.
         TypeError: A keyword that an instance cannot take any more.
 
     Example:
@@ -181,8 +181,9 @@ def sparsify(
     else:
         _check_backbone(vit)
         vit = copy.deepcopy(vit)
-    pruning = dict(keep_rate=keep_rate, stages=stages, scorer=scorer, read=read, scorer_seed=scorer_seed, r=r)
-    return sparsify_in_place(vit, **pruning)
+    return sparsify_in_place(
+        vit, keep_rate=keep_rate, stages=stages, scorer=scorer, read=read, scorer_seed=scorer_seed, r=r,
+        similarity=similarity)
 
 
 def _check_backbone(vit: nn.Module) -> None:

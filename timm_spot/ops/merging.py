@@ -36,7 +36,12 @@ def merge_limit(n_tokens: int) -> int:
     return n_tokens // 2
 
 
-def match_tokens(keys: torch.Tensor, r: int, num_prefix_tokens: int) -> Matching:
+def match_tokens(
+        keys: torch.Tensor,
+        r: int | None,
+        num_prefix_tokens: int,
+        similarity: float | None = None,
+) -> Matching:
     """The r image tokens that are most like another one, and which: bipartite soft matching.
 
     The tokens are dealt in turn to two sets, the prefix included in the turn. Each image token of the first set has its
@@ -46,24 +51,33 @@ def match_tokens(keys: torch.Tensor, r: int, num_prefix_tokens: int) -> Matching
 
     Args:
         keys: (B, heads, L, d), of an attention layer.
-        r: How many to merge, at most half of the image tokens, rounded down.
+        r: How many to merge, at most half of the image tokens, rounded down; None with `similarity`.
         num_prefix_tokens: How many of the L tokens stand before the image's.
+        similarity: Least cosine, in [-1, 1], of pairs that are merged, in place of r; of one image, as images differ in
+            how many they have.
 
     Raises:
-        ValueError: A key is NaN or infinite. (Not checked while a graph is captured, nor on the meta device.)
+        ValueError: A key is NaN or infinite. (Not checked while a graph is captured, nor on the meta device.) Several
+            images with `similarity`.
 
     Example:
         >>> keys = torch.tensor([[0., 0.], [1., 0.], [4., 3.], [0., 1.], [0., 9.]])[None, None]
         >>> matching = match_tokens(keys, 1, num_prefix_tokens=1)  # first set: 2 and 4, second set: 1 and 3
         >>> [index.tolist() for index in matching]
         [[[0, 2, 1, 3]], [[4]], [[3]]]
+        >>> match_tokens(keys, None, num_prefix_tokens=1, similarity=0.8).merged.tolist()  # 2 and 1 have 0.8
+        [[4, 2]]
     """
+    if similarity is not None and keys.shape[0] > 1:
+        raise ValueError(f'{keys.shape[0]} images differ in how many pairs are alike: give them one by one, or r.')
     with torch.no_grad():
         n_prefix, length = num_prefix_tokens, keys.shape[2]
         first, second = n_prefix + n_prefix % 2, n_prefix + 1 - n_prefix % 2  # where either set begins
         metric = F.normalize(keys.float().mean(dim=1), dim=-1)
-        similarity, partner = (metric[:, first::2] @ metric[:, second::2].mT).max(dim=-1)
-        ranked = rank_tokens(similarity, similarity.shape[1])
+        cosine, partner = (metric[:, first::2] @ metric[:, second::2].mT).max(dim=-1)
+        ranked = rank_tokens(cosine, cosine.shape[1])
+        if similarity is not None:
+            r = int((cosine >= similarity).sum())
         merged, left = ranked[:, :r], ranked[:, r:]
         if n_prefix:
             left = left.sort(dim=1).values

@@ -33,6 +33,9 @@ def test_a_model_that_merges_has_its_own_numbers_or_a_keep_rate(dense):
     assert (own.scorer, own.keep_rate, own.r, own.model_at(0).r) == ('merge', None, '3', (3, 3, 3, 3))
     merging.set_merging([3, 0, 1, 1])
     assert own.r == '3 0 1 1'
+    merging.set_merging(similarity=0.9)
+    own, = list_prunings(merging, [], [])
+    assert (own.keep_rate, own.r, own.similarity, own.model_at(0).similarity) == (None, '', 0.9, 0.9)
     found = list_prunings(merging, ['merge', 'norm'], [0.7])
     assert described(found) == [('merge', 0.7), ('norm', 0.7)] and [p.r for p in found] == ['', '']
     assert [p.model_at(0).reduces for p in found] == [True, True]

@@ -10,7 +10,8 @@ ROW = Row('sampler', 'digits', 'f6ce', 'validation', 'pico', '7fc4', 'grid', 9, 
 def test_columns_tell_rows_apart_and_are_complete():
     assert set(KEY) == set(vars(ROW)) and Row.from_cells(ROW.to_cells()) == ROW
     others = dict(
-        kind='placer', settings='34cd', seeds=(0,), keep_rate=0.5, n_tokens=None, r='8 0', share=0.6, coverage=0.5)
+        kind='placer', settings='34cd', seeds=(0,), keep_rate=0.5, n_tokens=None, r='8 0', share=0.6, coverage=0.5,
+        similarity=0.9)
     for name, value in others.items():
         other = Row(**{**vars(ROW), name: value})
         assert Row.from_cells(other.to_cells()) == other != ROW
@@ -21,7 +22,7 @@ def test_columns_tell_rows_apart_and_are_complete():
     ('as it is', 'as it is')])
 def test_version_0_1_told_kinds_by_names(sampler, kind):
     cells = dict(ROW.to_cells(), sampler=sampler)
-    del cells['kind'], cells['settings'], cells['r'], cells['share']
+    del cells['kind'], cells['settings'], cells['r'], cells['share'], cells['similarity']
     found = Row.from_cells(cells)
     assert (found.kind, found.settings, found.competes) == (kind, '', kind != 'oracle')
     # Rows of today say it themselves.
@@ -37,3 +38,5 @@ def test_a_title_names_model_placement_and_pruning():
     assert ROW.title == 'pico, grid, 9 tokens'
     assert Row(**{**vars(ROW), 'scorer': 'norm', 'keep_rate': 0.5}).title == 'pico, grid, 9 tokens, norm at 0.5'
     assert Row(**{**vars(ROW), 'scorer': 'merge', 'r': '8'}).title == 'pico, grid, 9 tokens, merge, r 8'
+    assert Row(**{**vars(ROW), 'scorer': 'merge', 'similarity': 0.9}).title == (
+        'pico, grid, 9 tokens, merge, similarity 0.9')

@@ -228,6 +228,16 @@ def test_a_model_that_merges_has_a_row_of_its_own_and_one_for_each_keep_rate(fol
     assert '| scorer | 0.8 of the multiply-adds: top-1 |' in table and '| merge, 64 as it is |' in table
 
 
+def test_a_model_that_merges_what_is_alike_has_a_row(folder, saved_vit, tmp_path):
+    model = timm_spot.sparsify(timm.create_model(saved_vit, pretrained=True).eval(), scorer='merge', similarity=0.8)
+    timm.models.save_for_hf(model, tmp_path / 'merging')
+    result = evaluate(folder, f"local-dir:{tmp_path / 'merging'}", tmp_path / 'out')
+    assert result.exit_code == 0, result.output
+    row, = rows(tmp_path / 'out')
+    assert (row['scorer'], row['keep_rate'], row['r'], row['similarity']) == ('merge', '', '', '0.8')
+    assert 'merge, similarity 0.8' in (tmp_path / 'out' / 'results.md').read_text()
+
+
 def test_placed_tokens_are_dropped(folder, saved, tmp_path):
     scorers = ('--scorers', 'received-attention', '--keep-rates', '1,0.5')
     result = evaluate(folder, saved, tmp_path / 'out', *ARGUMENTS, *scorers)

@@ -16,7 +16,7 @@ def batch():
 
 
 def ways(model, **request):
-    return {way.sampler: way for way in family_of(model).ways(model, Request(budgets=(4,), **request))}
+    return {way.sampler: way for way in family_of(model).ways(model, Request(**{'budgets': (4,), **request}))}
 
 
 @torch.inference_mode()
@@ -28,6 +28,18 @@ def test_a_draw_depends_on_the_seed_and_the_number_of_the_image_alone(pico, batc
         for number in (5, 8)])
     torch.testing.assert_close(found.tokens(pico, batch), pico.forward_features(batch.images, positions))
     assert found.stochastic and found.saliency == ''
+
+
+@pytest.mark.parametrize('keywords', [dict(r=2), dict(similarity=0.9)])
+@torch.inference_mode()
+def test_merged_tokens_are_pooled_by_their_size(pico, batch, keywords):
+    model = timm_spot.sparsify(pico, scorer='merge', **keywords)
+    tokens = ways(model, samplers=('grid',), budgets=(16,))['grid'].tokens(model, batch)
+    positions = timm_spot.sample_positions('grid', 16, (64, 64), window=8).expand(2, -1, -1)
+    torch.testing.assert_close(model.forward_head(tokens), model(batch.images, positions=positions))
+    pooled = model.forward_head(tokens, pre_logits=True)
+    torch.testing.assert_close(model.head(pooled), model(batch.images, positions=positions))
+    assert not torch.allclose(model.forward_head(tokens.tokens), model.forward_head(tokens))
 
 
 def test_an_oracle_sees_the_labels_and_asks_no_neighbours(pico, batch):

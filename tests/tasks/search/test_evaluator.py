@@ -5,6 +5,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
+import timm_spot
 from timm_spot import sample_positions
 from timm_spot.tasks.search.evaluator import Evaluator, frozen, full_placement
 from timm_spot.tasks.search.settings import Search
@@ -32,6 +33,15 @@ def test_losses_are_those_of_the_model(tiny, images):
     expected = tiny(images[index], positions)
     torch.testing.assert_close(logits, expected)
     torch.testing.assert_close(losses, F.cross_entropy(expected, TARGETS[index], reduction='none'))
+
+
+@torch.no_grad()
+def test_merged_tokens_are_pooled_by_their_size(images):
+    model = timm.create_model('spot_vit_pico_patch8_64', num_classes=10, embed_dim=32, depth=2).eval()
+    model = timm_spot.sparsify(model, scorer='merge', r=2)
+    index, positions = torch.arange(3), sample_positions('center', 5, (64, 64)).expand(3, -1, -1)
+    logits, _ = Evaluator(model, images, TARGETS, Search())(index, positions)
+    torch.testing.assert_close(logits, model(images, positions))
 
 
 @torch.no_grad()

@@ -87,7 +87,8 @@ def _plan(
     if pruning is not None:
         dropped = dict(
             scorer=pruning.scorer, keep_rate=None if pruning.keep_rate is None else float(pruning.keep_rate),
-            stages=tuple(pruning.model.stages), r=pruning.r, share=pruning.share)
+            stages=tuple(pruning.model.stages), r=pruning.r, share=pruning.share,
+            similarity=None if pruning.similarity is None else float(pruning.similarity))
     row = Row(
         kind=way.kind, sampler=_printable(way.sampler), n_tokens=way.n_tokens, seeds=seeds if way.stochastic else (),
         saliency=_printable(way.saliency), knn=_printable(request.knn.key) if request.knn and way.has_knn else '',

@@ -16,7 +16,7 @@ KEEP_RATES = (1., 0.9, 0.7, 0.5)
 
 @dataclasses.dataclass(frozen=True)
 class Pruning:
-    """One scorer at one keep rate, of a model that others may share; without one it merges as the model's `r` says.
+    """One scorer at one keep rate, of a model that others may share; without one it merges as the model says.
 
     `share` of the dense model's multiply-adds is that for which the model's rate was found.
     """
@@ -36,6 +36,11 @@ class Pruning:
         """How many tokens each block merges, one number where it is the same for all; '' where nothing fixes it."""
         r = self.model_at(0).r
         return '' if r is None else ' '.join(str(n) for n in (r[:1] if len(set(r)) == 1 else r))
+
+    @property
+    def similarity(self) -> float | None:
+        """Least cosine of keys at which tokens are merged, where the model goes by it."""
+        return self.model_at(0).similarity
 
     def model_at(self, seed: int) -> TokenPruning:
         """The model at this scorer and keep rate, sharing its weights; `seed` is that of a scorer that draws."""
@@ -84,7 +89,7 @@ def list_prunings(
     """
     if isinstance(model, TokenPruning):
         if not scorers and not keep_rates and not flops:
-            return [Pruning(model, model.scorer, None if _merges_by_number(model) else model.keep_rate)]
+            return [Pruning(model, model.scorer, None if _merges_by_itself(model) else model.keep_rate)]
         scorers = scorers or (model.scorer,)
     usable = [scorer for scorer in scorers if _can_use(model, scorer)]
     if usable and not isinstance(model, TokenPruning):
@@ -95,12 +100,13 @@ def list_prunings(
         for share in flops:
             changed = model.pruned(scorer=scorer)
             changed.set_flops(share)
-            found.append(Pruning(changed, scorer, None if _merges_by_number(changed) else changed.keep_rate, share))
+            found.append(Pruning(changed, scorer, None if _merges_by_itself(changed) else changed.keep_rate, share))
     return found
 
 
-def _merges_by_number(model: TokenPruning) -> bool:
-    return model.plan.merges_alone and model.r is not None
+def _merges_by_itself(model: TokenPruning) -> bool:
+    """Whether no keep rate says how many tokens are merged."""
+    return model.plan.merges_alone and (model.r is not None or model.similarity is not None)
 
 
 def _can_use(model: nn.Module, scorer: str) -> bool:

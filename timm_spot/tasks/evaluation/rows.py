@@ -17,11 +17,11 @@ BASELINE = 'baseline'  # other ways to spend fewer tokens on the same weights
 METRICS = ('top1', 'top5', 'nll', 'ece', 'knn_top1')
 KEY = (
     'data', 'data_sha', 'split', 'model', 'weights', 'sampler', 'n_tokens', 'scorer', 'keep_rate', 'stages', 'seeds',
-    'saliency', 'knn', 'amp', 'kind', 'settings', 'coverage', 'r', 'share')
+    'saliency', 'knn', 'amp', 'kind', 'settings', 'coverage', 'r', 'share', 'similarity')
 COLUMNS = (
     *KEY, 'images', 'skipped', *(f'{m}{suffix}' for m in METRICS for suffix in ('', '_se', '_se_seeds')), 'gflops')
 SPEED_COLUMNS = (*KEY, 'images_per_s')
-NEW_COLUMNS = ('kind', 'settings', 'coverage', 'r', 'share')  # files of earlier versions lack some
+NEW_COLUMNS = ('kind', 'settings', 'coverage', 'r', 'share', 'similarity')  # files of earlier versions lack some
 
 _BASELINES_BEFORE = ('patch-drop', 'low-res', 'top-k')  # those of version 0.1
 
@@ -40,7 +40,7 @@ class Row:
         sampler: Name in the table of how the tokens came about: a sampler, a baseline, 'oracle isotropic', ...
         n_tokens: Budget, where there is one.
         scorer: What tokens were dropped or merged by; '' where none were.
-        keep_rate: Share that each stage kept; None where `r` alone says how many were merged.
+        keep_rate: Share that each stage kept; None where `r` or `similarity` alone say how many were merged.
         stages: Blocks in front of which tokens fell.
         seeds: Of what was drawn; none where nothing was.
         saliency: Where maps came from, where there were any.
@@ -51,6 +51,7 @@ class Row:
         coverage: Share of its cell that a window covers; None for windows of single pixels.
         r: How many tokens each block merged, one number where it is the same for all; '' where the keep rate said it.
         share: Of the dense model's multiply-adds, where the keep rate or `r` were found for it.
+        similarity: Least cosine of keys at which tokens were merged; None where it did not count.
     """
 
     kind: str
@@ -72,6 +73,7 @@ class Row:
     coverage: Optional[float] = None
     r: str = ''
     share: Optional[float] = None
+    similarity: Optional[float] = None
 
     @property
     def competes(self) -> bool:
@@ -92,7 +94,9 @@ class Row:
 
     @property
     def scorer_name(self) -> str:
-        """The scorer, and how many tokens each block merged where that is fixed."""
+        """The scorer, and what fixes how many tokens each block merged."""
+        if self.similarity is not None:
+            return f'{self.scorer}, similarity {self.similarity:g}'
         return f'{self.scorer}, r {self.r}' if self.r else self.scorer
 
     def to_cells(self) -> Dict[str, str]:
@@ -114,7 +118,7 @@ class Row:
             values,
             n_tokens=int(cells['n_tokens']) if cells['n_tokens'] else None,
             keep_rate=float(cells['keep_rate']) if cells['keep_rate'] else None,
-            **{name: float(cells[name]) if cells.get(name) else None for name in ('coverage', 'share')},
+            **{name: float(cells[name]) if cells.get(name) else None for name in ('coverage', 'share', 'similarity')},
             stages=tuple(int(stage) for stage in cells['stages'].split()),
             seeds=tuple(int(seed) for seed in cells['seeds'].split())))
 

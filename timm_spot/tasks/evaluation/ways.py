@@ -13,6 +13,7 @@ from torch import nn
 
 from ...models.placement import SampledPlacer
 from ...models.placing import at_budget
+from ...models.pruning import features_for_head
 from ...ops.placements import sample_positions
 from ...ops.samplers import get_sampler
 from ..pictures.images import model_transform
@@ -137,7 +138,7 @@ def region_ways(model: nn.Module, request: Request) -> Iterator[Way]:
 def dense_way(model: nn.Module) -> Way:
     """A model as it is."""
     n_patches = model.patch_embed.num_patches if isinstance(model, VisionTransformer) else None
-    return Way(rows.AS_IT_IS, rows.AS_IT_IS, n_patches, lambda model, batch: model.forward_features(batch.images))
+    return Way(rows.AS_IT_IS, rows.AS_IT_IS, n_patches, lambda model, batch: features_for_head(model, batch.images))
 
 
 def baseline_ways(model: nn.Module, request: Request) -> Iterator[Way]:
@@ -171,12 +172,12 @@ def _placements(
     return draw_placements(model, batch.images, sampler, n_tokens, maps, batch.index, batch.seed, coverage)
 
 
-def _placed(model: nn.Module, batch: ImageBatch, **how: Any) -> torch.Tensor:
-    return model.forward_features(batch.images, _placements(model, batch, **how))
+def _placed(model: nn.Module, batch: ImageBatch, **how: Any) -> Any:
+    return features_for_head(model, batch.images, positions=_placements(model, batch, **how))
 
 
-def _self_placed(model: nn.Module, batch: ImageBatch, n_tokens: int, coverage: float) -> torch.Tensor:
-    return at_budget(model, n_tokens, coverage).forward_features(batch.images)
+def _self_placed(model: nn.Module, batch: ImageBatch, n_tokens: int, coverage: float) -> Any:
+    return features_for_head(at_budget(model, n_tokens, coverage), batch.images)
 
 
 def _searched(
@@ -187,11 +188,11 @@ def _searched(
         read_maps: SaliencySource,
         coverage: float,
         amp: Optional[str],
-) -> torch.Tensor:
+) -> Any:
     start = _placements(model, batch, init, n_tokens, read_maps, coverage)
     found = optimize_positions(
         model, batch.images, batch.labels, init=start, record=False, amp_dtype=getattr(torch, amp) if amp else None)
-    return model.forward_features(batch.images, found.positions)
+    return features_for_head(model, batch.images, positions=found.positions)
 
 
 def _merged(model: nn.Module, batch: ImageBatch, n_tokens: int) -> Any:

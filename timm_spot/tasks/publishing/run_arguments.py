@@ -63,6 +63,7 @@ KEYWORDS: dict[str, Rule] = {
     **dict.fromkeys(('r',), _one_or_more(0, MAX_TOKENS, 1024)),
     **dict.fromkeys(('mlp_ratio', 'init_values'), _number(0, 1000)),
     **dict.fromkeys(('keep_rate',), _number(0, 1)),
+    **dict.fromkeys(('similarity',), _number(-1, 1)),
     **dict.fromkeys((
         'class_token', 'no_embed_class', 'pre_norm', 'final_norm', 'fc_norm', 'qkv_bias', 'qk_norm', 'proj_bias',
         'scale_attn_norm', 'scale_mlp_norm', 'pool_include_prefix', 'size_embed'), _YES_OR_NO),

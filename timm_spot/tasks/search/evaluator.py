@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...models.pruning import features_for_head
 from ...ops.placements import sample_positions
 from .objectives import get_objective
 from .settings import Search
@@ -66,7 +67,7 @@ class Evaluator:
         """Logits and pooled features of placements, in float32 at least."""
         model, amp = self.model, self.search.amp_dtype
         with torch.autocast(images.device.type, amp) if amp is not None else contextlib.nullcontext():
-            tokens = model.forward_features(images, positions)
+            tokens = features_for_head(model, images, positions=positions)
             output = dict(logits=model.forward_head(tokens), features=model.forward_head(tokens, pre_logits=True))
         return {name: v.to(torch.promote_types(v.dtype, torch.float32)) for name, v in output.items()}
 
