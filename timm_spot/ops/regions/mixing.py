@@ -27,49 +27,47 @@ def subpixel_lines(borders: Borders, pixels: np.ndarray, colors: np.ndarray) -> 
     n_sides = np.diff(start) - 1
     arc = np.repeat(np.arange(len(n_sides)), n_sides)
     first = np.arange(len(arc)) + arc  # corner where each side starts
+    begin = np.cumsum(n_sides) - n_sides  # side with which each arc starts
+    ends = np.stack([corners[start[:-1]], corners[start[1:] - 1]], axis=1)
+    loops = _are_loops(ends)
     step = corners[first + 1] - corners[first]
     middle = corners[first] + step / 2
     across = np.stack([-step[:, 1], step[:, 0]], axis=1)  # to the right hand
     shift = _mixture(middle, across, borders, arc, pixels, colors)[:, None] * across
-    bends = _right_angles(step, arc, n_sides, (borders.left == OUTSIDE) & ~_are_loops(corners, start))
+    to_end = (borders.left == OUTSIDE) & ~loops
+    bends = _right_angles(step, np.arange(len(arc)) - begin[arc], n_sides[arc], to_end[arc])
     points = np.insert(middle + shift, bends, corners[first[bends]] + shift[bends - 1] + shift[bends], axis=0)
     n_points = n_sides + np.bincount(arc[bends], minlength=len(n_sides))
     inner = np.concatenate([[0], np.cumsum(n_points)])
-    ends = _move_loops(corners, start, shift, n_sides)
+    # The end of a loop without a junction moves as the sides beside it do.
+    ends[loops] += (shift[begin[loops]] + shift[begin[loops] + n_sides[loops] - 1])[:, None]
     points = np.insert(points, inner[:-1], ends[:, 0], axis=0)
     points = np.insert(points, inner[1:] + np.arange(1, len(start)), ends[:, 1], axis=0)
     return points, inner + 2 * np.arange(len(start))
 
 
-def _are_loops(corners: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Mask (A,) of the arcs that end where they started, and where no other arc ends."""
-    ends = np.stack([corners[start[:-1]], corners[start[1:] - 1]], axis=1)
+def _are_loops(ends: np.ndarray) -> np.ndarray:
+    """Mask (A,) of the arcs, of first and last corners (A, 2, 2), that end where they started and no other arc does."""
     _, number, count = np.unique(ends.reshape(-1, 2), axis=0, return_inverse=True, return_counts=True)
     number = number.reshape(-1, 2)
     loops: np.ndarray = (number[:, 0] == number[:, 1]) & (count[number[:, 0]] == 2)
     return loops
 
 
-def _move_loops(corners: np.ndarray, start: np.ndarray, shift: np.ndarray, n_sides: np.ndarray) -> np.ndarray:
-    """First and last corners (A, 2, 2) of arcs; that of a loop without a junction moves as the sides beside it do."""
-    ends = np.stack([corners[start[:-1]], corners[start[1:] - 1]], axis=1)
-    loops = np.flatnonzero(_are_loops(corners, start))
-    first = np.cumsum(n_sides) - n_sides
-    ends[loops] += (shift[first[loops]] + shift[first[loops] + n_sides[loops] - 1])[:, None]
-    return ends
-
-
-def _right_angles(step: np.ndarray, arc: np.ndarray, n_sides: np.ndarray, to_end: np.ndarray) -> np.ndarray:
+def _right_angles(step: np.ndarray, place: np.ndarray, n_sides: np.ndarray, to_end: np.ndarray) -> np.ndarray:
     """Sides before which a border turns, having run straight for `_STRAIGHT` sides, to run straight for as many.
 
-    On arcs of `to_end`, (A,), fewer sides do where the arc ends with them: what is left out there is no other
-    region's, and a corner that a junction is near to would show a hole.
+    Args:
+        step: (S, 2), along each side.
+        place: (S,), of each side in its arc.
+        n_sides: (S,), of its arc.
+        to_end: (S,), whether fewer sides do where the arc ends with them: what is left out there is no other region's,
+            and a corner that a junction is near to would show a hole.
     """
-    place = np.arange(len(arc)) - (np.cumsum(n_sides) - n_sides)[arc]
     goes_on = (place > 0) & (step == np.roll(step, 1, axis=0)).all(1)
     bend = (place > 0) & ~goes_on
     for k in range(1, _STRAIGHT):
-        begins, ends = to_end[arc] & (place <= k), to_end[arc] & (place + k >= n_sides[arc])
+        begins, ends = to_end & (place <= k), to_end & (place + k >= n_sides)
         bend &= (np.roll(goes_on, k) | begins) & (np.roll(goes_on, -k) | ends)
     return np.flatnonzero(bend)
 
