@@ -21,7 +21,7 @@ from .params import BUDGET, ModelName, OutputFile, OutputFolder
 
 @main.command()
 @click.argument('source')
-@click.argument('dest', type=OutputFolder(holds_weights=True))
+@click.argument('dest', type=OutputFolder())
 @click.option('--model', type=ModelName(), help="timm's name of what the weights belong to, where SOURCE does not say.")
 def convert(source: str, dest: Path, model: str | None) -> None:
     """Convert SOURCE into the folder DEST: safetensors, config.json, model card.

@@ -46,6 +46,11 @@ class PruningPlan:
         """Whether no token is judged."""
         return get_scorer(self.scorer).merges
 
+    @property
+    def merges_by_itself(self) -> bool:
+        """Whether `r` or `similarity` alone, and no keep rate, say how many tokens are merged."""
+        return self.merges_alone and (self.r is not None or self.similarity is not None)
+
     def merging_blocks(self, drops: bool) -> tuple[int, ...]:
         """Indices of the blocks that merge; `drops` says whether the keep rate is below 1."""
         if self.r is not None:

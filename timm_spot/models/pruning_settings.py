@@ -108,9 +108,9 @@ class PruningSettings:
     @property
     def rate(self) -> str:
         """What says how many tokens are left, in words."""
-        keep_rate, r = f'keep_rate={self.keep_rate}', f'r={self.r and list(self.r)}'
         if self.similarity is not None:
             return f'similarity={self.similarity}'
+        keep_rate, r = f'keep_rate={self.keep_rate}', f'r={self.r and list(self.r)}'
         return keep_rate if self.r is None else r if self.plan.merges_alone else f'{keep_rate} and {r}'
 
     @property
@@ -129,7 +129,7 @@ class PruningSettings:
         """
         self.keep_rate = keep_rate
         update_model_args(self, keep_rate=keep_rate)
-        if self.plan.merges_alone and (self.r is not None or self.similarity is not None):
+        if self.plan.merges_by_itself:
             self.set_merging(None)
 
     def set_merging(self, r: int | Sequence[int] | None = None, similarity: float | None = None) -> None:

@@ -89,7 +89,7 @@ def list_prunings(
     """
     if isinstance(model, TokenPruning):
         if not scorers and not keep_rates and not flops:
-            return [Pruning(model, model.scorer, None if _merges_by_itself(model) else model.keep_rate)]
+            return [Pruning(model, model.scorer, None if model.plan.merges_by_itself else model.keep_rate)]
         scorers = scorers or (model.scorer,)
     usable = [scorer for scorer in scorers if _can_use(model, scorer)]
     if usable and not isinstance(model, TokenPruning):
@@ -100,13 +100,8 @@ def list_prunings(
         for share in flops:
             changed = model.pruned(scorer=scorer)
             changed.set_flops(share)
-            found.append(Pruning(changed, scorer, None if _merges_by_itself(changed) else changed.keep_rate, share))
+            found.append(Pruning(changed, scorer, None if changed.plan.merges_by_itself else changed.keep_rate, share))
     return found
-
-
-def _merges_by_itself(model: TokenPruning) -> bool:
-    """Whether no keep rate says how many tokens are merged."""
-    return model.plan.merges_alone and (model.r is not None or model.similarity is not None)
 
 
 def _can_use(model: nn.Module, scorer: str) -> bool:

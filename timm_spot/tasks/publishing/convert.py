@@ -16,6 +16,7 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from ...models.checkpoint_file import StateDict, check_utf8, shorten
+from ...models.pruning import features_for_head
 from ...models.spot_checkpoint import FOLDED, rename_authors_key
 from ...models.spot_retrofit import retrofit_in_place
 from ...models.spot_vit import SubpixelVisionTransformer
@@ -131,7 +132,7 @@ def _answer(
         positions: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Features in front of the head and logits: a head of zeros would hide everything before it."""
-    tokens = model.forward_features(images) if positions is None else model.forward_features(images, positions)
+    tokens = features_for_head(model, images, **({} if positions is None else dict(positions=positions)))
     return [model.forward_head(tokens, pre_logits=True), model.forward_head(tokens)]
 
 
