@@ -60,7 +60,7 @@ def test_without_coverage_everything_is_as_before():
     assert torch.equal(told(images), model(images))
     # A placement with spacing 1 is that of single pixels, trained size columns or not.
     torch.nn.init.normal_(told.patch_embed.size_proj.weight)
-    # (Beside it given, too: the position features of one that all images share are products of another shape.)
+    # Given as well: the position features of a placement that all images share are products of another shape.
     ones, single = F.pad(model.place(images), (0, 2), value=1.), model(images, model.place(images))
     assert torch.equal(model(images, ones), single) and torch.equal(told(images, ones), single)
     assert torch.equal(model(images, ones[..., :3]), single)
